@@ -1,0 +1,166 @@
+"""Attention: Multi-head Latent Attention in its two forms, and plain multi-head or grouped-query attention.
+
+B sequences, T query tokens, L cached tokens, h heads; r = kv_lora_rank. Source: FACTS 2.1, 2.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+
+from .absorption import absorbed_is_cheaper, effective_weight, visible_keys
+from .rotary import apply_rotary, softmax_scale
+
+
+class DeepseekMoeRMSNorm(LlamaRMSNorm):
+    """Normalises in float32, casts, then multiplies with the weight in the model's dtype."""
+
+
+class DeepseekMoeLatentAttention(nn.Module):
+    """MLA. The cache holds one tensor a layer: the normed latent and the rotated shared key, `[B, 1, L, r + rope]`."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        self.scaling = softmax_scale(config)
+        self.kv_lora_rank = config.kv_lora_rank
+        self.head_widths = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        self.up_widths = [config.qk_nope_head_dim, config.v_head_dim]
+        hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
+        query_width = heads * sum(self.head_widths)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekMoeRMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
+        q_nope, q_rope = self.project_queries(hidden_states, position_embeddings)
+        cached = self.project_latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
+            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+        form = self.absorbed if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]) else self.expanded
+        attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
+        return self.o_proj(attention_output.flatten(2)), weights
+
+    def project_queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
+        if self.config.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
+        q_nope, q_rope = queries.split(self.head_widths, dim=-1)
+        return q_nope, apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
+
+    def project_latents(self, hidden_states, position_embeddings) -> torch.Tensor:
+        """What is cached of each token: `[B, 1, T, r + rope]`. The shared rotary key is not normalised."""
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, k_rope = compressed.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
+        k_rope = apply_rotary(k_rope, *position_embeddings, self.config.rope_interleave)
+        return torch.cat((self.kv_a_layernorm(latent), k_rope.to(latent.dtype)), dim=-1)
+
+    def expanded(self, q_nope, q_rope, cached, attention_mask, **kwargs):
+        """Keys and values per head, through the attention implementation the config names."""
+        latent, k_rope = cached.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
+        up = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, sum(self.up_widths))).transpose(1, 2)
+        k_nope, values = up.split(self.up_widths, dim=-1)
+        keys = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        queries = torch.cat((q_nope, q_rope), dim=-1)
+        implementation = self.config._attn_implementation
+        missing = keys.shape[-1] - values.shape[-1]
+        # The fused CPU kernel of scaled_dot_product_attention wants values as wide as keys.
+        pads = implementation == "sdpa" and keys.device.type == "cpu" and missing > 0
+        output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)(
+            self,
+            queries,
+            keys,
+            F.pad(values, (0, missing)) if pads else values,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return (output[..., : self.up_widths[1]] if pads else output), weights
+
+    def absorbed(self, q_nope, q_rope, cached, attention_mask, **kwargs):
+        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights."""
+        up_hwr = effective_weight(self.kv_b_proj).unflatten(0, (-1, sum(self.up_widths)))
+        key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
+        queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
+        # One key-value head: heads and query tokens are rows of one matrix product a sequence.
+        scores = queries.flatten(1, 2) @ cached.squeeze(1).transpose(1, 2)
+        scores = scores.float().unflatten(1, queries.shape[1:3]) * self.scaling
+        mask = visible_keys(attention_mask, queries.shape[2], cached)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(dim=-1).to(cached.dtype)
+        weights = F.dropout(weights, self.config.attention_dropout, self.training)
+        mixed = (weights.flatten(1, 2) @ cached.squeeze(1)[..., : self.kv_lora_rank]).view_as(queries[..., : self.kv_lora_rank])
+        return torch.einsum("bhtr,hvr->bthv", mixed, value_up_hvr), weights
+
+
+class DeepseekMoeAttention(nn.Module):
+    """Plain multi-head or grouped-query attention of DeepSeekMoE 16B."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = softmax_scale(config)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
+        queries, keys, values = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries = apply_rotary(queries, *position_embeddings, self.config.rope_interleave)
+        keys = apply_rotary(keys, *position_embeddings, self.config.rope_interleave)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights

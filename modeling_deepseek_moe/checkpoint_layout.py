@@ -1,0 +1,137 @@
+"""How a checkpoint lies on disk, and how that maps to the model's parameters.
+
+On disk every generation keeps DeepSeek's names: one tensor a projection and expert, MTP modules as the layers after
+the last (FACTS 8.1). In memory the experts of a layer are stacked. transformers applies the rows of
+`EXPERT_STACKING` while loading and reverses them while saving, bit for bit.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+EXPERT_STACKING = [
+    WeightConverter(
+        source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+        target_patterns="mlp.experts.gate_up_proj",
+        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+    ),
+    WeightConverter(
+        source_patterns="mlp.experts.*.down_proj.weight",
+        target_patterns="mlp.experts.down_proj",
+        operations=[MergeModulelist(dim=0)],
+    ),
+]
+
+register_checkpoint_conversion_mapping("deepseek_moe", EXPERT_STACKING, overwrite=True)
+
+# Copies of the main model's embedding and head inside each MTP module, and rotary tables of older exports.
+REDUNDANT_TENSORS = [r"layers\.\d+\.embed_tokens\.weight", r"layers\.\d+\.shared_head\.head\.weight", r"inv_freq"]
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+
+def expected_tensors(config) -> dict[str, TensorSpec]:
+    """Name, shape and dtype of every tensor of a complete causal language model checkpoint, in layer order.
+
+    MTP modules are included with their copies of embedding and head. dtype is the config's (float32 if it has
+    none), except for the routing bias, which is always float32.
+    """
+    dtype = config.dtype or torch.float32
+    specs = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        for name, shape in _layer_shapes(config, layer):
+            specs[f"model.layers.{layer}.{name}"] = shape
+    specs["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        specs["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return {
+        name: (shape, torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+        for name, shape in specs.items()
+    }
+
+
+def parameter_counts(config) -> tuple[int, int]:
+    """Total parameters and those active for one token, without MTP modules; routing biases count (FACTS 7.3)."""
+    total = active = 0
+    share = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 1
+    for name, (shape, _) in expected_tensors(config).items():
+        if is_mtp_tensor(name, config):
+            continue
+        size = torch.Size(shape).numel()
+        total += size
+        active += size * share if ".mlp.experts." in name else size
+    return total, round(active)
+
+
+def is_mtp_tensor(name: str, config) -> bool:
+    """Whether a tensor or module name belongs to a layer behind the main ones."""
+    _, separator, rest = ("." + name).partition(".layers.")
+    index = rest.partition(".")[0]
+    return bool(separator) and index.isdigit() and int(index) >= config.num_hidden_layers
+
+
+def is_redundant(name: str) -> bool:
+    """Whether a checkpoint may carry or lack this tensor freely."""
+    return name.endswith(("inv_freq", ".shared_head.head.weight")) or (
+        name.endswith(".embed_tokens.weight") and ".layers." in "." + name
+    )
+
+
+def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = config.hidden_size
+    for name, shape in _attention_shapes(config):
+        yield f"self_attn.{name}", shape
+    if config.is_moe_layer(layer):
+        experts, width = config.n_routed_experts, config.moe_intermediate_size
+        yield "mlp.gate.weight", (experts, hidden)
+        if config.topk_method == "noaux_tc":
+            yield "mlp.gate.e_score_correction_bias", (experts,)
+        for expert in range(experts):
+            yield from _mlp_shapes(f"mlp.experts.{expert}", hidden, width)
+        if config.n_shared_experts:
+            yield from _mlp_shapes("mlp.shared_experts", hidden, width * config.n_shared_experts)
+    else:
+        yield from _mlp_shapes("mlp", hidden, config.intermediate_size)
+    yield "input_layernorm.weight", (hidden,)
+    yield "post_attention_layernorm.weight", (hidden,)
+    if layer >= config.num_hidden_layers:
+        yield "enorm.weight", (hidden,)
+        yield "hnorm.weight", (hidden,)
+        yield "eh_proj.weight", (hidden, 2 * hidden)
+        yield "shared_head.norm.weight", (hidden,)
+        yield "embed_tokens.weight", (config.vocab_size, hidden)
+        yield "shared_head.head.weight", (config.vocab_size, hidden)
+
+
+def _mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (width, hidden)
+    yield f"{prefix}.up_proj.weight", (width, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, width)
+
+
+def _attention_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+    if config.kv_lora_rank is None:
+        widths = {"q_proj": heads, "k_proj": config.num_key_value_heads, "v_proj": config.num_key_value_heads}
+        projections = {name: (count * config.head_dim, hidden, bias) for name, count in widths.items()}
+        projections["o_proj"] = (hidden, heads * config.head_dim, bias)
+    else:
+        queries, rank = heads * config.qk_head_dim, config.kv_lora_rank
+        if config.q_lora_rank is None:
+            projections = {"q_proj": (queries, hidden, False)}
+        else:
+            projections = {
+                "q_a_proj": (config.q_lora_rank, hidden, bias),
+                "q_b_proj": (queries, config.q_lora_rank, False),
+            }
+            yield "q_a_layernorm.weight", (config.q_lora_rank,)
+        yield "kv_a_layernorm.weight", (rank,)
+        projections["kv_a_proj_with_mqa"] = (rank + config.qk_rope_head_dim, hidden, bias)
+        projections["kv_b_proj"] = (heads * (config.qk_nope_head_dim + config.v_head_dim), rank, False)
+        projections["o_proj"] = (hidden, heads * config.v_head_dim, bias)
+    for name, (rows, columns, has_bias) in projections.items():
+        yield f"{name}.weight", (rows, columns)
+        if has_bias:
+            yield f"{name}.bias", (rows,)

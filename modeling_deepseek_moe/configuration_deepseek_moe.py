@@ -1,0 +1,281 @@
+"""One configuration for the whole DeepSeekMoE lineage; what differs between generations is data."""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+from .lineage import canonical_config_dict
+from .presets import PRESET_OF_ALIAS, PRESETS
+
+_CHOICES = {
+    "scoring_func": ("softmax", "sigmoid"),
+    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+    "norm_topk_semantics": ("deepseek_v2", "deepseek_v3"),
+    "router_dtype": ("float32", "model"),
+}
+_POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MLA_POSITIVE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@strict
+class DeepseekMoeConfig(PreTrainedConfig):
+    """Configuration of every model built on the DeepSeekMoE block.
+
+    Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any generation (`deepseek`,
+    `deepseek_v2`, `deepseek_v3`, `kimi_k2`) and fills in what that generation's own class would; `preset` gives the
+    released models by name. The defaults are a Moonlight-sized model with DeepSeek-V3's routing.
+
+    Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B), else
+    Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed.
+
+    Routing: `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts: "greedy",
+    "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert) or "noaux_tc" (V3: biased
+    scores, groups by the sum of their two best). `norm_topk_semantics` says what `norm_topk_prob` does:
+    "deepseek_v2" divides the chosen weights by their sum *instead of* scaling, and leaves a single expert alone;
+    "deepseek_v3" divides, then multiplies by `routed_scaling_factor` (FACTS 8.3). `router_dtype="model"` computes
+    router logits in the model's dtype, as DeepSeekMoE 16B was trained; the default is float32.
+
+    Balance group (training only): `aux_loss_alpha` weighs the balance loss added to `loss`, 0 turns it off;
+    `seq_aux` counts it per sequence rather than per batch (V1, V2).
+
+    Multi-token prediction: `num_nextn_predict_layers` MTP modules follow the main layers; `mtp_loss_weight` (the
+    paper's lambda) trains them, 0 keeps them frozen.
+
+    Norms and rotary: `latent_norm_eps` is the epsilon of the two latent norms, 1e-6 in DeepSeek's own code whatever
+    `rms_norm_eps` says; `rope_interleave` tells how rotary pairs lie in the projection rows.
+
+    Raises:
+        ValueError: a value no model can have; the message names field, value and choices.
+    """
+
+    model_type = "deepseek_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_local_experts": "n_routed_experts",
+        "num_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 163840
+    hidden_size: int = 2048
+    intermediate_size: int = 11264
+    moe_intermediate_size: int = 1408
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    n_routed_experts: int | None = 64
+    n_shared_experts: int | None = 2
+    num_experts_per_tok: int | None = 6
+    first_k_dense_replace: int = 1
+    moe_layer_freq: int = 1
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    topk_method: str = "noaux_tc"
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    norm_topk_semantics: str = "deepseek_v3"
+    routed_scaling_factor: float | int = 1.0
+    router_dtype: str = "float32"
+    aux_loss_alpha: float | int = 0.0001
+    seq_aux: bool = True
+    output_router_logits: bool = False
+    kv_lora_rank: int | None = 512
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = 128
+    qk_rope_head_dim: int | None = 64
+    v_head_dim: int | None = 128
+    latent_norm_eps: float = 1e-6
+    rope_interleave: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    num_nextn_predict_layers: int = 0
+    mtp_loss_weight: float | int = 0.0
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters:
+            # A json that carries both spellings was written by `to_dict` below: they say the same.
+            kwargs.pop("rope_scaling", None)
+            kwargs.pop("rope_theta", None)
+        self.rope_parameters = dict(self.rope_parameters) if self.rope_parameters else None
+        if isinstance(kwargs.get("rope_scaling"), dict):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        self.n_group = 1 if self.n_group is None else self.n_group
+        self.topk_group = 1 if self.topk_group is None else self.topk_group
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.check_values()
+        # transformers reads `head_dim` as the rotary width, and `qk_head_dim` as the mark of an MLA model.
+        if self.kv_lora_rank is None:
+            self.qk_head_dim = None
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        else:
+            self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+            self.head_dim = self.qk_rope_head_dim
+        for derived in ("head_dim", "qk_head_dim"):
+            kwargs.pop(derived, None)
+        super().__post_init__(**kwargs)
+        self._check_rope_type()
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "DeepseekMoeConfig":
+        """The configuration of a released model.
+
+        Args:
+            name: e.g. "deepseek-v2-lite", or a sibling's name such as "deepseek-r1"; upper case and an organisation
+                prefix (`deepseek-ai/DeepSeek-V2-Lite`) are accepted.
+            **overrides: fields to set differently, e.g. `num_hidden_layers=2`.
+
+        Raises:
+            ValueError: no such preset; names the nearest and all choices.
+        """
+        key = name.rsplit("/", 1)[-1].lower()
+        key = PRESET_OF_ALIAS.get(key, key)
+        if key not in PRESETS:
+            known = [*PRESETS, *PRESET_OF_ALIAS]
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"no preset is named {name!r}{hint} Choices: {', '.join(known)}")
+        return cls.from_dict({**PRESETS[key], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        return super().from_dict(canonical_config_dict(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return canonical_config_dict(config_dict), kwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{error} (config.json of {pretrained_model_name_or_path})") from error
+
+    def to_dict(self) -> dict:
+        """Adds the older spelling of the rotary settings, which DeepSeek's own code and most servers read."""
+        output = super().to_dict()
+        rope = dict(self.rope_parameters or {})
+        output["rope_theta"] = rope.pop("rope_theta", None)
+        rope_type = rope.pop("rope_type", "default")
+        output["rope_scaling"] = None if rope_type == "default" else {**rope, "type": rope_type}
+        return output
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` routes to experts; MTP layers (index >= num_hidden_layers) do as well."""
+        if self.n_routed_experts is None:
+            return False
+        return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel style of each module this configuration has (rules that match nothing are warned about)."""
+        plan = {f"layers.*.self_attn.{name}": "colwise" for name in self._column_parallel_attention()}
+        if self.kv_lora_rank is not None:
+            plan["layers.*.self_attn.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        layers = [self.is_moe_layer(i) for i in range(self.num_hidden_layers + self.num_nextn_predict_layers)]
+        mlps = []
+        if any(layers):
+            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
+            mlps += ["layers.*.mlp.shared_experts"] if self.n_shared_experts else []
+        mlps += [] if all(layers) else ["layers.*.mlp"]
+        for mlp in mlps:
+            plan |= {f"{mlp}.gate_proj": "colwise", f"{mlp}.up_proj": "colwise", f"{mlp}.down_proj": "rowwise"}
+        return plan
+
+    def _column_parallel_attention(self) -> list[str]:
+        if self.kv_lora_rank is None:
+            return ["q_proj", "k_proj", "v_proj"]
+        return ["q_proj" if self.q_lora_rank is None else "q_b_proj", "kv_b_proj"]
+
+    def check_values(self) -> None:
+        """Raises `ValueError` for a combination of values no model can have; runs before any weight is read."""
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
+        for field in _POSITIVE:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        for field in ("first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha", "mtp_loss_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
+        self._check_attention()
+        if self.n_routed_experts is not None:
+            self._check_routing()
+
+    def _check_attention(self) -> None:
+        if self.kv_lora_rank is None:
+            heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+            if self.hidden_size % heads:
+                raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}")
+            if (self.hidden_size // heads) % 2:
+                raise ValueError(f"the head width hidden_size/num_attention_heads={self.hidden_size // heads} is odd")
+            if kv_heads < 1 or heads % kv_heads:
+                raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+            return
+        for field in _MLA_POSITIVE:
+            value = getattr(self, field)
+            if value is None or value < 1:
+                raise ValueError(f"{field}={value} must be at least 1 (kv_lora_rank=None selects plain attention)")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotary embeddings turn pairs")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or null for uncompressed queries")
+
+    def _check_routing(self) -> None:
+        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
+        if self.moe_layer_freq < 1 or self.moe_intermediate_size < 1 or experts < 1:
+            raise ValueError(
+                f"moe_layer_freq={self.moe_layer_freq}, moe_intermediate_size={self.moe_intermediate_size} and "
+                f"n_routed_experts={experts} must be at least 1"
+            )
+        if top_k is None or not 1 <= top_k <= experts:
+            raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and n_routed_experts={experts}")
+        if self.topk_method == "greedy":
+            return
+        if self.n_group < 1 or experts % self.n_group:
+            raise ValueError(f"n_routed_experts={experts} is not divisible into n_group={self.n_group} groups")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is larger than n_group={self.n_group}")
+        if self.topk_group < 1 or self.topk_group * (experts // self.n_group) < top_k:
+            raise ValueError(
+                f"topk_group={self.topk_group} of n_group={self.n_group} groups leaves "
+                f"{max(self.topk_group, 0) * (experts // self.n_group)} experts, fewer than "
+                f"num_experts_per_tok={top_k}"
+            )
+
+    def _check_rope_type(self) -> None:
+        rope_type = self.rope_parameters["rope_type"]
+        choices = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope_type not in choices:
+            raise ValueError(f"rope type {rope_type!r} is not one of {', '.join(map(repr, choices))}")
+
+
+__all__ = ["DeepseekMoeConfig"]

@@ -1,0 +1,38 @@
+"""One transformer layer: attention and feed-forward (dense or DeepSeekMoE), each behind a norm and a residual."""
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
+from .moe import DeepseekMoeBlock, DeepseekMoeMLP
+
+
+class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
+    """Layer `layer_idx` of the model; the config says which attention and whether it routes."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        attention = DeepseekMoeAttention if config.kv_lora_rank is None else DeepseekMoeLatentAttention
+        self.self_attn = attention(config, layer_idx)
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekMoeBlock(config) if self.is_moe else DeepseekMoeMLP(config, config.intermediate_size)
+        self.input_layernorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns hidden states `[B, T, H]` and the layer's balance loss (a scalar in training, else None).
+
+        Args:
+            hidden_states: `[B, T, H]`.
+            padding_mask: `[B, T]`, 1 for real tokens.
+            **kwargs: what attention takes (position embeddings, mask, cache, arguments of the attention kernel).
+        """
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.is_moe:
+            return hidden_states + self.mlp(normed), None
+        output, balance_loss = self.mlp(normed, padding_mask)
+        return hidden_states + output, balance_loss

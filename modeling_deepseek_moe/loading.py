@@ -1,0 +1,103 @@
+"""`from_pretrained` and `save_pretrained` of the family: nothing is silently initialised, dropped or renamed."""
+
+import os
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .checkpoint_files import CheckpointError, check_folder, check_tensors, read_header
+from .checkpoint_layout import REDUNDANT_TENSORS, is_mtp_tensor
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointMixin:
+    """Checks a checkpoint before its tensors are read, and writes DeepSeek's own layout back."""
+
+    _keys_to_ignore_on_load_unexpected = REDUNDANT_TENSORS
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads DeepSeek's own checkpoints of every generation, from a folder or the Hub; safetensors only.
+
+        Raises:
+            CheckpointError: files that are broken, incomplete, or do not fit the config; names file and tensors.
+        """
+        if not kwargs.get("gguf_file"):
+            kwargs.setdefault("use_safetensors", True)
+            folder = pretrained_model_name_or_path
+            if folder is not None and os.path.isdir(folder):
+                check_folder(os.path.join(folder, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # A quantiser renames and reshapes tensors; transformers' own report covers those checkpoints.
+        if load_config.hf_quantizer is None:
+            check_and_fit(model, state_dict, checkpoint_files, load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        new_heads = {name for name in loading_info.missing_keys if name.startswith("score.")}
+        lost = loading_info.missing_keys - new_heads - model.all_tied_weights_keys.keys()
+        if lost and load_config.hf_quantizer is None:
+            raise CheckpointError(f"{load_config.pretrained_model_name_or_path} lacks {', '.join(sorted(lost))}")
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if new_heads:
+            logger.warning(f"{type(model).__name__}: {', '.join(sorted(new_heads))} is new and must be trained")
+        check_biases(model, load_config.pretrained_model_name_or_path)
+        model.freeze_idle_mtp()
+        return loading_info
+
+    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
+        """As in transformers; MTP modules get their copies of embedding and head back."""
+        if self.config.num_nextn_predict_layers and not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
+    """Raises for a checkpoint that does not fit the model, and takes off MTP modules it does not have."""
+    source = str(load_config.pretrained_model_name_or_path or "the state dict")
+    if state_dict is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    else:
+        shapes = {}
+        for file in checkpoint_files:
+            shapes |= read_header(file) if str(file).endswith(".safetensors") else {}
+    if load_config.ignore_mismatched_sizes or not shapes:
+        return
+    with_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
+    has_mtp = check_tensors(model.config, shapes, with_head, source)
+    if model.config.num_nextn_predict_layers and not has_mtp:
+        logger.warning_once(
+            f"{source} announces num_nextn_predict_layers={model.config.num_nextn_predict_layers} but has no tensor of "
+            "a multi-token prediction module; it is loaded, and will be saved, without one"
+        )
+        model.remove_mtp_layers()
+        for name in [name for name in load_config.device_map or {} if is_mtp_tensor(name, model.config)]:
+            del load_config.device_map[name]
+
+
+def check_biases(model, source) -> None:
+    """Raises for a routing bias that is not finite: it would send every token to the same experts."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias") and not buffer.is_meta and not torch.isfinite(buffer).all():
+            raise CheckpointError(f"{source}: {name} holds values that are not finite")
+
+
+def with_mtp_copies(model, state_dict: dict) -> dict:
+    """`state_dict` with each MTP module's copy of the embedding and the head, as DeepSeek publishes them."""
+    state_dict = dict(state_dict)
+    prefix = "model." if hasattr(model, "model") else ""
+    embedding = state_dict.get(f"{prefix}embed_tokens.weight")
+    head = state_dict.get("lm_head.weight", embedding if model.config.tie_word_embeddings else None)
+    first = model.config.num_hidden_layers
+    for layer in range(first, first + model.config.num_nextn_predict_layers):
+        for name, tensor in (("embed_tokens.weight", embedding), ("shared_head.head.weight", head)):
+            # Offloaded weights have no values here; readers then share the main model's, as this package does.
+            if tensor is not None and not tensor.is_meta:
+                state_dict[f"{prefix}layers.{layer}.{name}"] = tensor.clone()
+    return state_dict

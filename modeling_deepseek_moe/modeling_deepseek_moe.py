@@ -1,0 +1,304 @@
+"""The DeepSeekMoE model family: base model, causal language model, and classification heads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
+from .configuration_deepseek_moe import DeepseekMoeConfig
+from .decoder_layer import DeepseekMoeDecoderLayer
+from .experts import DeepseekMoeExperts
+from .latent_cache import use_growing_layers
+from .loading import CheckpointMixin
+from .multi_token import DeepseekMoeMultiTokenLayer
+from .rotary import DeepseekMoeRotaryEmbedding, rotary_frequencies
+from .router import DeepseekMoeRouter
+
+
+@dataclass
+class DeepseekMoeModelOutput(MoeModelOutputWithPast):
+    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None)."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class DeepseekMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Adds `mtp_loss`, the mean loss of the multi-token prediction modules before `mtp_loss_weight`."""
+
+    mtp_loss: torch.FloatTensor | None = None
+
+
+class DeepseekMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
+    config_class = DeepseekMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekMoeDecoderLayer", "DeepseekMoeMultiTokenLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # transformers looks for the experts decorator in this file's text; it is in experts.py.
+    _can_set_experts_implementation_cached_value = True
+    _can_set_attn_implementation_cached_value = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(DeepseekMoeDecoderLayer, index=0),
+        "attentions": [
+            OutputRecorder(DeepseekMoeLatentAttention, index=1),
+            OutputRecorder(DeepseekMoeAttention, index=1),
+        ],
+        "router_logits": OutputRecorder(DeepseekMoeRouter, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.topk_method == "noaux_tc":
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekMoeRotaryEmbedding):
+            inv_freq, _ = rotary_frequencies(module.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+        else:
+            super()._init_weights(module)
+
+    def remove_mtp_layers(self) -> None:
+        """Takes the multi-token prediction modules off the model and out of its config."""
+        base = self.base_model
+        del base.layers[self.config.num_hidden_layers :]
+        self.config.num_nextn_predict_layers = 0
+
+    def freeze_idle_mtp(self) -> None:
+        """Freezes MTP modules that no loss trains, so that no optimizer or gradient reduction waits for them."""
+        if self.config.mtp_loss_weight == 0:
+            self.base_model.layers[self.config.num_hidden_layers :].requires_grad_(False)
+
+
+class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+    """Embedding, decoder layers and final norm. Layers behind `num_hidden_layers` are MTP modules, not run here."""
+
+    def __init__(self, config: DeepseekMoeConfig):
+        super().__init__(config)
+        config.check_values()
+        depth = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DeepseekMoeDecoderLayer(config, layer) for layer in range(depth))
+        for layer in range(depth, depth + config.num_nextn_predict_layers):
+            self.layers.append(DeepseekMoeMultiTokenLayer(config, layer))
+        self.norm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekMoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.freeze_idle_mtp()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekMoeModelOutput:
+        """Hidden states after the final norm, `[B, T, H]`.
+
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, H]`, exactly one of the two.
+            attention_mask: `[B, L]`, 1 for real tokens, on either side; or a 4-D mask used as it is.
+            position_ids: `[B, T]`; positions that start again mark packed sequences.
+            past_key_values: a `Cache`; latent attention keeps one tensor a layer in it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_key_values = use_growing_layers(past_key_values)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        layer_arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states, balance_losses = inputs_embeds, []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, balance_loss = layer(hidden_states, use_cache=use_cache, **layer_arguments, **kwargs)
+            if balance_loss is not None:
+                balance_losses.append(balance_loss)
+        return DeepseekMoeModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            aux_loss=_sum(balance_losses),
+        )
+
+    def layer_arguments(self, inputs_embeds, attention_mask, position_ids, past_key_values=None) -> dict:
+        """What every layer of a forward pass shares: positions, mask, cache, and the padding mask of the losses."""
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        is_padding_mask = self.training and attention_mask is not None and attention_mask.dim() == 2
+        return {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "padding_mask": attention_mask[:, -inputs_embeds.shape[1] :] if is_padding_mask else None,
+        }
+
+
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DeepseekMoeConfig):
+        super().__init__(config)
+        self.model = DeepseekMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekMoeCausalLMOutput:
+        """Logits `[B, T, V]` and, given `labels` `[B, T]` (-100 ignored), the loss.
+
+        In training `loss` is the language model loss plus `aux_loss` (see `aux_loss_alpha`) plus `mtp_loss_weight`
+        times `mtp_loss`. All three are normalised alike, so gradient accumulation adds them up correctly.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = mtp_loss = None
+        aux_loss = outputs.aux_loss
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:
+                embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                mtp_loss, mtp_balance = self.multi_token_loss(
+                    outputs.last_hidden_state, embeddings, labels, attention_mask, position_ids, **kwargs
+                )
+                loss = loss + self.config.mtp_loss_weight * mtp_loss
+                aux_loss = _sum([part for part in (aux_loss, mtp_balance) if part is not None])
+            if aux_loss is not None:
+                loss = loss + aux_loss * self.share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        return DeepseekMoeCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            mtp_loss=mtp_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def multi_token_loss(self, hidden_states, inputs_embeds, labels, attention_mask, position_ids, **kwargs):
+        """Mean cross-entropy of the MTP modules and the sum of their balance losses (FACTS 3.3).
+
+        Module k at position i sees the state of position i and the embedding of token i + k, and predicts token
+        i + k + 1; it runs over the first T - k positions.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
+        losses, balance_losses = [], []
+        for ahead, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+            kept = labels.shape[1] - ahead
+            hidden_states, ahead_embeds = hidden_states[:, :kept], inputs_embeds[:, ahead:]
+            mask = attention_mask[:, :kept] if attention_mask is not None and attention_mask.dim() == 2 else None
+            arguments = self.model.layer_arguments(hidden_states, mask, position_ids[:, :kept])
+            hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
+            losses.append(
+                self.loss_function(
+                    logits=self.lm_head(hidden_states),
+                    labels=labels[:, ahead:],
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                )
+            )
+            balance_losses += [] if balance_loss is None else [balance_loss]
+        return torch.stack(losses).mean(), _sum(balance_losses)
+
+    @staticmethod
+    def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+        """This call's share of the global batch, by predicted tokens; 1 where the loss is a plain mean."""
+        if num_items_in_batch is None:
+            return 1.0
+        return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    def __init__(self, config: DeepseekMoeConfig):
+        DeepseekMoePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    def __init__(self, config: DeepseekMoeConfig):
+        DeepseekMoePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekMoeModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.0) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+def _sum(losses: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
+
+
+__all__ = [
+    "DeepseekMoeForCausalLM",
+    "DeepseekMoeForSequenceClassification",
+    "DeepseekMoeForTokenClassification",
+    "DeepseekMoeModel",
+    "DeepseekMoePreTrainedModel",
+]
