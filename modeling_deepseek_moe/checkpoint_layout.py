@@ -53,7 +53,10 @@ def expected_tensors(config) -> dict[str, TensorSpec]:
 
 
 def parameter_counts(config) -> tuple[int, int]:
-    """Total parameters and those active for one token, without MTP modules; routing biases count (FACTS 7.3)."""
+    """Total parameters and those active for one token, without MTP modules (FACTS 7.3).
+
+    Routing biases count in the total; they take part in no product, so not among the active.
+    """
     total = active = 0
     share = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 1
     for name, (shape, _) in expected_tensors(config).items():
@@ -61,7 +64,10 @@ def parameter_counts(config) -> tuple[int, int]:
             continue
         size = torch.Size(shape).numel()
         total += size
-        active += size * share if ".mlp.experts." in name else size
+        if ".mlp.experts." in name:
+            active += size * share
+        elif not name.endswith("e_score_correction_bias"):
+            active += size
     return total, round(active)
 
 
