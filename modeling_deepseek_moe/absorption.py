@@ -63,7 +63,7 @@ def _lora_delta(linear: nn.Module) -> torch.Tensor | int | None:
 
 
 def visible_keys(
-    attention_mask: torch.Tensor | BlockMask | None, query_length: int, keys: torch.Tensor
+    attention_mask: torch.Tensor | BlockMask | None, query_length: int, keys: torch.Tensor, is_flash: bool
 ) -> torch.Tensor | None:
     """Which keys each query may see, as a mask that broadcasts to `[B, heads, T, L]`; None if all of them.
 
@@ -72,6 +72,9 @@ def visible_keys(
             additive), a flex `BlockMask`, a `[B, L]` padding mask (flash attention), or None for plain causal.
         query_length: T.
         keys: `[B, 1, L, width]`.
+        is_flash: a missing or padding mask means what flash attention makes of it: the last query sees all keys.
+            For scaled_dot_product_attention no mask means that the first query sees the first key only, as when a
+            prompt fills the beginning of a static cache.
 
     Returns:
         A bool mask, or the additive 4-D mask as it came.
@@ -84,7 +87,8 @@ def visible_keys(
         return attention_mask[..., :length]
     causal = None
     if query_length > 1:
-        causal = torch.ones(query_length, length, dtype=torch.bool, device=keys.device).tril(length - query_length)
+        offset = length - query_length if is_flash else 0
+        causal = torch.ones(query_length, length, dtype=torch.bool, device=keys.device).tril(offset)
     if attention_mask is None:
         return causal
     padding = attention_mask[:, None, None, -length:].bool()

@@ -109,13 +109,16 @@ class DeepseekMoeLatentAttention(nn.Module):
         # One key-value head: heads and query tokens are rows of one matrix product a sequence.
         scores = queries.flatten(1, 2) @ cached.squeeze(1).transpose(1, 2)
         scores = scores.float().unflatten(1, queries.shape[1:3]) * self.scaling
-        mask = visible_keys(attention_mask, queries.shape[2], cached)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        mask = visible_keys(attention_mask, queries.shape[2], cached, "flash" in self.config._attn_implementation)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
         weights = scores.softmax(dim=-1).to(cached.dtype)
         weights = F.dropout(weights, self.config.attention_dropout, self.training)
-        mixed = (weights.flatten(1, 2) @ cached.squeeze(1)[..., : self.kv_lora_rank]).view_as(queries[..., : self.kv_lora_rank])
-        return torch.einsum("bhtr,hvr->bthv", mixed, value_up_hvr), weights
+        mixed_latent = weights.flatten(1, 2) @ cached.squeeze(1)[..., : self.kv_lora_rank]
+        mixed_latent = mixed_latent.unflatten(1, queries.shape[1:3])
+        return torch.einsum("bhtr,hvr->bthv", mixed_latent, value_up_hvr), weights
 
 
 class DeepseekMoeAttention(nn.Module):

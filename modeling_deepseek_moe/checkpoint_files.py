@@ -28,7 +28,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path} is not a whole safetensors file: {size} bytes, header of {length} announced")
+            raise CheckpointError(f"{path} is no whole safetensors file: {size} bytes, a header of {length} announced")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -49,8 +49,9 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         if not 0 <= start <= stop or (width and stop - start != count * width):
             raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} spans {stop - start} bytes")
         shapes[name], end = shape, max(end, stop)
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path} is truncated or padded: its header promises {8 + length + end} bytes, it has {size}")
+    promised = 8 + length + end
+    if promised != size:
+        raise CheckpointError(f"{path} is truncated or padded: its header promises {promised} bytes, it has {size}")
     return shapes
 
 

@@ -73,8 +73,8 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
     has_mtp = check_tensors(model.config, shapes, with_head, source)
     if model.config.num_nextn_predict_layers and not has_mtp:
         logger.warning_once(
-            f"{source} announces num_nextn_predict_layers={model.config.num_nextn_predict_layers} but has no tensor of "
-            "a multi-token prediction module; it is loaded, and will be saved, without one"
+            f"{source} announces num_nextn_predict_layers={model.config.num_nextn_predict_layers} but has no tensor "
+            "of a multi-token prediction module; it is loaded, and will be saved, without one"
         )
         model.remove_mtp_layers()
         for name in [name for name in load_config.device_map or {} if is_mtp_tensor(name, model.config)]:

@@ -53,7 +53,8 @@ class DeepseekMoeBlock(nn.Module):
         if not self.training or not self.aux_loss_alpha:
             return output, None
         batch = hidden_states.shape[:2]
-        return output, self.balance_loss(router_logits.unflatten(0, batch), topk_index.unflatten(0, batch), padding_mask)
+        logits_BTE, topk_index_BTK = router_logits.unflatten(0, batch), topk_index.unflatten(0, batch)
+        return output, self.balance_loss(logits_BTE, topk_index_BTK, padding_mask)
 
     def balance_loss(self, router_logits, topk_index, padding_mask) -> torch.Tensor:
         """V3's sequence-wise loss where the bias does the balancing, else the expert-level loss of V1 and V2."""
