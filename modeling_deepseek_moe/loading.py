@@ -3,6 +3,7 @@
 import os
 
 import torch
+from safetensors import safe_open
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -61,12 +62,15 @@ class CheckpointMixin:
 def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
     """Raises for a checkpoint that does not fit the model, and takes off MTP modules it does not have."""
     source = str(load_config.pretrained_model_name_or_path or "the state dict")
+    file_of = {}
     if state_dict is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     else:
         shapes = {}
         for file in checkpoint_files:
-            shapes |= read_header(file) if str(file).endswith(".safetensors") else {}
+            header = read_header(file) if str(file).endswith(".safetensors") else {}
+            shapes |= header
+            file_of |= dict.fromkeys(header, file)
     if load_config.ignore_mismatched_sizes or not shapes:
         return
     with_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
@@ -79,6 +83,23 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
         model.remove_mtp_layers()
         for name in [name for name in load_config.device_map or {} if is_mtp_tensor(name, model.config)]:
             del load_config.device_map[name]
+    elif has_mtp:
+        warn_of_other_copies(file_of, model.config, source)
+
+
+def warn_of_other_copies(file_of: dict[str, str], config, source: str) -> None:
+    """Says so if an MTP module's own embedding or head is not the main model's, which this package shares instead."""
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    for name in file_of:
+        if not is_mtp_tensor(name, config) or not name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+            continue
+        shared = "model.embed_tokens.weight" if name.endswith("embed_tokens.weight") else "lm_head.weight"
+        if shared in file_of and not torch.equal(read(name), read(shared)):
+            logger.warning(f"{source}: {name} differs from {shared}; the latter is used, and saved, for both")
 
 
 def check_biases(model, source) -> None:

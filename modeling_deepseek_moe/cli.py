@@ -1,0 +1,101 @@
+"""The command `deepseek-moe`: thin verbs, whose work and whose imports are elsewhere."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune DeepSeekMoE models with the Hugging Face tools.",
+)
+
+
+def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
+    """Shows a bad recipe, model or row as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from modeling_deepseek_moe import CheckpointError
+
+        from .finetune.recipe import RecipeError
+
+        try:
+            verb(*args, **kwargs)
+        except (RecipeError, CheckpointError) as error:
+            _complain(" ".join(str(error).split()))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as stop:
+            _complain(str(stop) or "stopped")
+            raise typer.Exit(130) from stop
+
+    return wrapped
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(line, style="bold red"))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from modeling_deepseek_moe import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_reported
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as lora_all.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file: output_dir=runs/a"),
+    ] = None,
+) -> None:
+    """Fine-tune a model as a recipe says; the same command goes on where a killed run stopped."""
+    from .finetune.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    from .finetune.train import run
+
+    run(settings)
+
+
+@app.command()
+@_reported
+def demo(
+    output_dir: Annotated[Path | None, typer.Option(help="Where to write; a temporary folder by default.")] = None,
+    hub_id: Annotated[
+        str | None, typer.Option(help="Push to this repository of the real Hub instead of a local server.")
+    ] = None,
+) -> None:
+    """Fine-tune a tiny DeepSeekMoE model with LoRA on this machine and show what it learned."""
+    from .finetune.demo import run_demo
+
+    run_demo(output_dir=output_dir, hub_id=hub_id)
+
+
+def main() -> None:
+    """Entry point of the `deepseek-moe` script."""
+    app(prog_name="deepseek-moe")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
