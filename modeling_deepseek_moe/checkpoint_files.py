@@ -93,6 +93,7 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
         CheckpointError: lists missing and mis-shaped tensors.
     """
     found = {_base_name(name): tuple(shape) for name, shape in shapes.items()}
+    prefix = "model." if any(name.startswith("model.") for name in shapes) else ""
     stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     wanted = {}
     for name, (shape, _) in expected_tensors(config).items():
@@ -102,9 +103,10 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
     has_mtp = any(is_mtp_tensor(name, config) for name in found)
     if not has_mtp:
         wanted = {name: shape for name, shape in wanted.items() if not is_mtp_tensor(name, config)}
-    missing = [name for name in wanted if name not in found]
+    shown = {name: name if name == "lm_head.weight" else prefix + name for name in wanted}
+    missing = [shown[name] for name in wanted if name not in found]
     wrong = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
+        f"{shown[name]} is {list(found[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
         if name in found and found[name] != tuple(shape)
     ]

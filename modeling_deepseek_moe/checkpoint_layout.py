@@ -39,6 +39,8 @@ def expected_tensors(config) -> dict[str, TensorSpec]:
     none), except for the routing bias, which is always float32.
     """
     dtype = config.dtype or torch.float32
+    if isinstance(dtype, str):  # save_pretrained leaves a name in the config
+        dtype = getattr(torch, dtype)
     specs = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         for name, shape in _layer_shapes(config, layer):

@@ -1,13 +1,17 @@
 """One configuration for the whole DeepSeekMoE lineage; what differs between generations is data."""
 
 import difflib
+import math
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 
 from .lineage import canonical_config_dict
 from .presets import PRESET_OF_ALIAS, PRESETS
+from .rope_spelling import join_rope_spellings, older_rope_spelling, with_overrides
 
 _CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
@@ -15,7 +19,26 @@ _CHOICES = {
     "norm_topk_semantics": ("deepseek_v2", "deepseek_v3"),
     "router_dtype": ("float32", "model"),
 }
-_POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_NOT_NEGATIVE = (
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "num_nextn_predict_layers",
+    "aux_loss_alpha",
+    "mtp_loss_weight",
+    "routed_scaling_factor",
+    "initializer_range",
+    "rms_norm_eps",
+    "latent_norm_eps",
+)
+_MOE_AT_LEAST_ONE = ("n_routed_experts", "moe_intermediate_size", "moe_layer_freq")
 _MLA_POSITIVE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -114,13 +137,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.rope_parameters:
-            # A json that carries both spellings was written by `to_dict` below: they say the same.
-            kwargs.pop("rope_scaling", None)
-            kwargs.pop("rope_theta", None)
-        self.rope_parameters = dict(self.rope_parameters) if self.rope_parameters else None
-        if isinstance(kwargs.get("rope_scaling"), dict):
-            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        older_rope = {name: kwargs.pop(name) for name in ("rope_theta", "rope_scaling") if name in kwargs}
+        self.rope_parameters = join_rope_spellings(self.rope_parameters, older_rope)
         self.n_group = 1 if self.n_group is None else self.n_group
         self.topk_group = 1 if self.topk_group is None else self.topk_group
         if self.num_key_value_heads is None:
@@ -136,7 +154,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
-        self._check_rope_type()
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DeepseekMoeConfig":
@@ -157,11 +174,20 @@ class DeepseekMoeConfig(PreTrainedConfig):
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"no preset is named {name!r}{hint} Choices: {', '.join(known)}")
-        return cls.from_dict({**PRESETS[key], **overrides})
+        config, unknown = cls.from_dict(PRESETS[key], return_unused_kwargs=True, **overrides)
+        if unknown:
+            raise ValueError(f"DeepseekMoeConfig has no field {', '.join(sorted(unknown))}")
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        return super().from_dict(canonical_config_dict(config_dict), **kwargs)
+        # Overrides are read like the json itself: checked, and what is derived from them follows.
+        names = {"rope_scaling", "rope_theta", *DeepseekMoeConfig.__annotations__} & kwargs.keys()
+        overrides = {name: kwargs.pop(name) for name in names}
+        try:
+            return super().from_dict(with_overrides(canonical_config_dict(config_dict), overrides), **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -178,14 +204,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """Adds the older spelling of the rotary settings, which DeepSeek's own code and most servers read."""
         output = super().to_dict()
-        rope = dict(self.rope_parameters or {})
-        output["rope_theta"] = rope.pop("rope_theta", None)
-        rope_type = rope.pop("rope_type", "default")
-        output["rope_scaling"] = None if rope_type == "default" else {**rope, "type": rope_type}
-        return output
+        return output | older_rope_spelling(self.rope_parameters or {})
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` routes to experts; MTP layers (index >= num_hidden_layers) do as well."""
+        """Whether layer `layer_idx` routes to experts; the rule counts on into the MTP layers behind the main ones."""
         if self.n_routed_experts is None:
             return False
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
@@ -220,15 +242,25 @@ class DeepseekMoeConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
-        for field in _POSITIVE:
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha", "mtp_loss_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(map(repr, ACT2FN))}")
+        self._check_at_least_one(_AT_LEAST_ONE)
+        for field in _NOT_NEGATIVE:
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{field}={value} must be a number of at least 0")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is not a token of vocab_size={self.vocab_size}")
+        if not 0 <= self.attention_dropout <= 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must lie between 0 and 1")
         self._check_attention()
         if self.n_routed_experts is not None:
             self._check_routing()
+
+    def _check_at_least_one(self, fields: tuple[str, ...]) -> None:
+        for field in fields:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
 
     def _check_attention(self) -> None:
         if self.kv_lora_rank is None:
@@ -251,11 +283,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def _check_routing(self) -> None:
         experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        if self.moe_layer_freq < 1 or self.moe_intermediate_size < 1 or experts < 1:
-            raise ValueError(
-                f"moe_layer_freq={self.moe_layer_freq}, moe_intermediate_size={self.moe_intermediate_size} and "
-                f"n_routed_experts={experts} must be at least 1"
-            )
+        self._check_at_least_one(_MOE_AT_LEAST_ONE)
         if top_k is None or not 1 <= top_k <= experts:
             raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and n_routed_experts={experts}")
         if self.topk_method == "greedy":
@@ -270,12 +298,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 f"{max(self.topk_group, 0) * (experts // self.n_group)} experts, fewer than "
                 f"num_experts_per_tok={top_k}"
             )
-
-    def _check_rope_type(self) -> None:
-        rope_type = self.rope_parameters["rope_type"]
-        choices = ("default", *ROPE_INIT_FUNCTIONS)
-        if rope_type not in choices:
-            raise ValueError(f"rope type {rope_type!r} is not one of {', '.join(map(repr, choices))}")
 
 
 __all__ = ["DeepseekMoeConfig"]

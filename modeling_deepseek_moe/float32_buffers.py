@@ -1,7 +1,5 @@
 """Buffers that stay float32 when a model is cast to half precision."""
 
-from torch import nn
-
 
 class Float32BuffersMixin:
     """Keeps the buffers named in `float32_buffers` at their values through `.to(dtype)`, `.half()` and the like.
@@ -14,7 +12,7 @@ class Float32BuffersMixin:
 
     def _apply(self, fn, recurse=True):
         kept = {name: self._buffers[name] for name in self.float32_buffers if self._buffers.get(name) is not None}
-        nn.Module._apply(self, fn, recurse)
+        super()._apply(fn, recurse)
         for name, value in kept.items():
             moved = self._buffers[name]
             if moved.dtype != value.dtype:

@@ -4,6 +4,7 @@ import os
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -26,7 +27,9 @@ class CheckpointMixin:
             CheckpointError: files that are broken, incomplete, or do not fit the config; names file and tensors.
         """
         if not kwargs.get("gguf_file"):
-            kwargs.setdefault("use_safetensors", True)
+            if kwargs.get("use_safetensors") is False:
+                raise CheckpointError("use_safetensors=False: only safetensors files are read; convert pickles first")
+            kwargs["use_safetensors"] = True
             folder = pretrained_model_name_or_path
             if folder is not None and os.path.isdir(folder):
                 check_folder(os.path.join(folder, kwargs.get("subfolder") or ""))
@@ -42,7 +45,7 @@ class CheckpointMixin:
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         new_heads = {name for name in loading_info.missing_keys if name.startswith("score.")}
-        lost = loading_info.missing_keys - new_heads - model.all_tied_weights_keys.keys()
+        lost = set(loading_info.missing_keys) - new_heads - model.all_tied_weights_keys.keys()
         if lost and load_config.hf_quantizer is None:
             raise CheckpointError(f"{load_config.pretrained_model_name_or_path} lacks {', '.join(sorted(lost))}")
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -71,8 +74,18 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
             header = read_header(file) if str(file).endswith(".safetensors") else {}
             shapes |= header
             file_of |= dict.fromkeys(header, file)
-    if load_config.ignore_mismatched_sizes or not shapes:
+    if not shapes:
         return
+    scales = [name for name in shapes if name.endswith(".weight_scale_inv")]
+    if scales:
+        raise CheckpointError(
+            f"{source} holds FP8 weights ({scales[0]}, ...) but its config has no quantization_config; "
+            "add it, or convert the weights to bfloat16 first"
+        )
+    # A user's `key_mapping` renames while loading.
+    renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
+    for rule in renamings:
+        shapes = {rule.rename_source_key(name)[0]: shape for name, shape in shapes.items()}
     with_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
     has_mtp = check_tensors(model.config, shapes, with_head, source)
     if model.config.num_nextn_predict_layers and not has_mtp:

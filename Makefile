@@ -1,0 +1,49 @@
+# Every target sets up .venv first; once that is done it costs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+UNFINISHED := .venv/.unfinished
+
+# Threads that wait for work must sleep: spinning ones stall everybody else on a machine with few cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help demo test test-all lint clean
+
+help:
+	@echo "make demo      fine-tune, score, merge and publish a tiny model (ARGS='--hub-id NAME': on the real Hub)"
+	@echo "make test      the fast tests (ARGS='-k router' chooses)"
+	@echo "make test-all  the fast and the slow tests"
+	@echo "make lint      ruff check and ruff format --check"
+	@echo "make clean     remove .venv, caches and build products"
+
+demo: $(READY)
+	@$(BIN)/deepseek-moe demo $(ARGS)
+
+test: $(READY)
+	@$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A set-up that was cut off leaves UNFINISHED behind, and the next one starts with an empty .venv.
+# torch comes first and exactly: a looser request can fetch gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, \
+	$(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	@if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -m venv --clear .venv; \
+	fi
+	@echo "Setting up .venv: once, a few minutes"
+	@touch $(UNFINISHED)
+	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,dev]"
+	@rm $(UNFINISHED)
+	@touch $(READY)

@@ -1,0 +1,178 @@
+"""Pretrain the demo's base model: `python -m modeling_deepseek_moe.finetune.demo_base --output DIR`.
+
+A DeepSeek-V3 in small: MLA with compressed queries, one dense layer, then routed and shared experts under sigmoid
+routing, whose selection bias moves once per optimizer step (DeepSeek-V3, section 2.1.2), and one multi-token
+prediction layer. `recipes/pretrain_demo.yaml` holds every number; the corpus is `demo_corpus`.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseek_moe.balancing import max_violation
+from modeling_deepseek_moe.finetune.callbacks import BalanceExperts
+from modeling_deepseek_moe.finetune.data import IGNORED
+from modeling_deepseek_moe.finetune.demo_corpus import ASSISTANT, USER, documents
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SPECIAL_TOKENS = [PAD, BOS, EOS, USER, ASSISTANT]
+# A word with its leading space, one digit, a run of anything else, or a run of white space.
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role'] + ': use user or assistant') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+
+
+def build_tokenizer(vocab_size: int, sample_documents: int, seed: int) -> PreTrainedTokenizerFast:
+    """Bytes plus the corpus' commonest words: a common word is one token, any other is spelled letter by letter.
+
+    Digits always stand alone. A BPE with no merges at all (`ignore_merges` looks the whole word up first), so that
+    tasks about letters and digits see letters and digits.
+    """
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    counts: Counter[str] = Counter()
+    for document in itertools.islice(documents(seed), sample_documents):
+        for text in (document.prompt.removeprefix(USER).removesuffix(ASSISTANT), document.completion):
+            counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text) if len(word) > 1)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    common = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL_TOKENS) - len(alphabet)]
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet + common)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+class PackedRows(Dataset):
+    """Row `i` is `length` tokens of documents from the stream with seed `i`: no state, no storage.
+
+    A document is `bos prompt completion eos`; prompts, which are mostly random, are read but not learned.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, rows: int, task_share: float, held_out: bool):
+        self.tokenizer, self.length, self.rows = tokenizer, length, rows
+        self.task_share, self.held_out = task_share, held_out
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row={row} is outside of this set of {self.rows} rows")
+        tokens: list[int] = []
+        labels: list[int] = []
+        for document in documents(row, self.task_share, self.held_out):
+            prompt, rest = (
+                self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (BOS + document.prompt, document.completion + EOS)
+            )
+            tokens += prompt + rest
+            labels += [IGNORED] * len(prompt) + rest
+            if len(tokens) >= self.length:
+                break
+        return {"input_ids": torch.tensor(tokens[: self.length]), "labels": torch.tensor(labels[: self.length])}
+
+
+class BalanceAndMeasure(BalanceExperts):
+    """Also puts MaxVio, 0 for a perfect balance, as `max_violation` into the Trainer's log: mean over layers and steps."""
+
+    def __init__(self, model: nn.Module, speed: float):
+        super().__init__(model, speed)
+        self.violations: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_substep_end(args, state, control)
+        self.violations.append(max_violation(torch.stack(list(self._counts.values()))).mean())
+        super().on_step_end(args, state, control)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.violations:
+            state.log_history[-1]["max_violation"] = float(torch.stack(self.violations).mean())
+            self.violations.clear()
+
+
+def read_recipe() -> dict[str, Any]:
+    """The numbers of the pretraining run: `recipes/pretrain_demo.yaml`."""
+    recipe = resources.files("modeling_deepseek_moe.finetune") / "recipes" / "pretrain_demo.yaml"
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))
+
+
+def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train the base from random weights and save model, tokenizer, `training_log.json` and `loss.png` in `output`.
+
+    Checkpoints go to `output/checkpoints`; a second call with the same folder goes on from the last of them.
+    """
+    recipe = recipe or read_recipe()
+    data, seed = recipe["data"], recipe["training"]["seed"]
+    tokenizer = build_tokenizer(recipe["model"]["vocab_size"], data["tokenizer_documents"], seed)
+    set_seed(seed)
+    config = DeepseekMoeConfig(
+        **recipe["model"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = DeepseekMoeForCausalLM(config)
+    arguments = TrainingArguments(output_dir=str(output / "checkpoints"), report_to=[], **recipe["training"])
+    rows = arguments.max_steps * arguments.train_batch_size
+    packed = functools.partial(PackedRows, tokenizer, data["length"], task_share=data["task_share"])
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=packed(rows=rows, held_out=False),
+        eval_dataset=packed(rows=data["validation_rows"], held_out=True),
+        callbacks=[BalanceAndMeasure(model, recipe["bias_update_speed"])],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if output.exists() else None)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    history = trainer.state.log_history
+    log = {"tokens": rows * data["length"], "parameters": model.num_parameters(), "history": history}
+    (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    return log
+
+
+def main() -> None:
+    """Command line of `python -m modeling_deepseek_moe.finetune.demo_base`."""
+    parser = argparse.ArgumentParser(description="Pretrain the demo's base model from random weights.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model, its log and its checkpoints")
+    log = pretrain(parser.parse_args().output)
+    print(f"{log['parameters']:,} parameters, {log['tokens']:,} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""One fine-tuning run, from a recipe to a saved model."""
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_deepseek_moe import DeepseekMoeForCausalLM
+
+from .callbacks import BalanceExperts, MarkCheckpoints
+from .data import collator, load_data
+from .lora import lora_config
+from .plots import loss_curve
+from .recipe import Recipe, RecipeError
+from .run_folder import aside, last_checkpoint, open_run, write_text
+
+_DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Fine-tune as the recipe says; the same recipe run again goes on from the last whole checkpoint.
+
+    Returns:
+        The summary that is also in `summary.json`: losses before and after, steps, seconds, and where things are.
+
+    Raises:
+        RecipeError: the recipe, the model or the data it names cannot be used; one line says why.
+        KeyboardInterrupt: stopped from outside; its message says what is saved and how to go on.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RecipeError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
+    arguments = training_arguments(recipe)
+    with arguments.main_process_first(local=False):
+        folder = open_run(recipe)
+    if recipe.hub_id and arguments.process_index == 0:
+        make_repo(recipe.hub_id, recipe.hub_private)
+    set_seed(recipe.seed)
+    model, tokenizer = load(recipe)
+    model = add_adapters(model, recipe)
+    with arguments.main_process_first():
+        train_data, eval_data = rows(recipe, tokenizer, folder)
+    try:
+        callbacks = [BalanceExperts(model, recipe.bias_update_speed)] if recipe.bias_update_speed else []
+        trainer = FineTuner(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[MarkCheckpoints(), *callbacks],
+        )
+    except ValueError as error:
+        raise RecipeError(f"these settings do not go together: {_first_line(error)}") from error
+
+    started = time.monotonic()
+    checkpoint = last_checkpoint(folder)
+    before = eval_loss_before(trainer, folder)
+    try:
+        trainer.train_from(checkpoint)
+    except KeyboardInterrupt:
+        saved = last_checkpoint(folder)
+        kept = f"{saved} is saved" if saved else "no checkpoint was written yet"
+        raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
+    after = trainer.evaluate()["eval_loss"] if eval_data else None
+
+    summary = {
+        "model": recipe.model,
+        "lora": recipe.lora.get("targets", []),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_rows": len(train_data),
+        "eval_rows": len(eval_data) if eval_data else 0,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if not trainer.is_world_process_zero():
+        return summary
+    summary |= save(trainer, tokenizer, recipe, folder)
+    loss_curve(trainer.state.log_history, folder / "loss.png", before)
+    with aside(folder / "trainer_state.json") as path:
+        trainer.state.save_to_json(os.fspath(path))
+    if recipe.hub_id:
+        summary["hub"] = push(Path(summary["saved_model"] or summary["saved_adapter"]), recipe.hub_id)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print_summary(summary, folder)
+    return summary
+
+
+class FineTuner(Trainer):
+    """The Trainer, able to go on from checkpoints of whole models.
+
+    Those hold DeepSeek's names, one tensor an expert; `load_state_dict`, which the Trainer calls without `strict`,
+    would leave the stacked experts as they were.
+    """
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end; from a checkpoint that is already there, only restore it."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(os.fspath(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=os.fspath(checkpoint))
+            return
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or os.fspath(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
+    given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    if recipe.gradient_checkpointing:
+        # transformers 5.23 renamed it.
+        name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+        given |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    try:
+        return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **{**given, **recipe.training})
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"`training.*`: {_first_line(error)}") from error
+
+
+def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, from a local folder or the Hub."""
+    choices = {
+        "attn_implementation": recipe.attn_implementation,
+        "experts_implementation": recipe.experts_implementation,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        model = DeepseekMoeForCausalLM.from_pretrained(
+            recipe.model, dtype=recipe.dtype, **{key: value for key, value in choices.items() if value}
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"cannot load model {recipe.model!r}: {_first_line(error)}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise RecipeError(
+            f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
+            f"{len(tokenizer)} tokens: they do not belong together"
+        )
+    return model, tokenizer
+
+
+def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """The model with LoRA on the recipe's targets; unchanged if it names none."""
+    if not recipe.lora:
+        return model
+    try:
+        return get_peft_model(model, lora_config(model, **recipe.lora))
+    except ValueError as error:
+        raise RecipeError(f"`lora.*`: {_first_line(error)}") from error
+
+
+def rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path):
+    """Rows to train on and rows to measure on, or None for the latter."""
+    cache = folder / "data"
+    train = load_data(recipe.data, recipe.data_split, tokenizer, recipe.max_length, cache)
+    if recipe.eval_data:
+        return train, load_data(recipe.eval_data, recipe.eval_split, tokenizer, recipe.max_length, cache)
+    held_out = max(1, round(len(train) * recipe.eval_fraction)) if recipe.eval_fraction else 0
+    if held_out == 0 or len(train) < 2:
+        return train, None
+    parts = train.train_test_split(test_size=held_out, seed=recipe.seed)
+    return parts["train"], parts["test"]
+
+
+def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
+    """Loss on the held-out rows before the first step; a resumed run finds it in the folder."""
+    if trainer.eval_dataset is None:
+        return None
+    path = folder / "before.json"
+    if not path.is_file():
+        loss = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            write_text(path, json.dumps({"eval_loss": loss}))
+        return loss
+    return json.loads(path.read_text(encoding="utf-8"))["eval_loss"]
+
+
+def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
+    """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
+    if isinstance(model, PeftModel):
+        with aside(folder / "adapter") as path:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        saved["saved_adapter"] = os.fspath(folder / "adapter")
+        if not recipe.merge:
+            return saved
+        model = model.merge_and_unload()
+    with aside(folder / "model") as path:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    saved["saved_model"] = os.fspath(folder / "model")
+    return saved
+
+
+def make_repo(repo_id: str, private: bool = True, endpoint: str | None = None, token: str | None = None) -> None:
+    """Make sure that the Hub repository exists and that we may write to it, before hours of training."""
+    try:
+        HfApi(endpoint=endpoint, token=token).create_repo(repo_id, private=private, exist_ok=True)
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot write to {repo_id!r} on the Hub: {_first_line(error)} (to log in: `hf auth login`)"
+        ) from error
+
+
+def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | None = None) -> str:
+    """Upload a folder to an existing repository; returns its address."""
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Fine-tuned with deepseek-moe")
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"upload to {repo_id!r} failed: {_first_line(error)}; {folder} is complete, and the same command tries "
+            "the upload again"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The closing table."""
+    table = Table(title=f"Fine-tuned {summary['model']}", show_header=False)
+    share = summary["trainable_parameters"] / summary["parameters"]
+    lines = {
+        "trained": f"{', '.join(summary['lora']) or 'all weights'}: {summary['trainable_parameters']:,} parameters "
+        f"({share:.2%})",
+        "rows": f"{summary['train_rows']:,} to train, {summary['eval_rows']:,} held out",
+        "steps": f"{summary['steps']:,} ({summary['seconds']:,} s)",
+        "training loss": _number(summary["train_loss"]),
+        "held-out loss": f"{_number(summary['eval_loss_before'])} before, {_number(summary['eval_loss_after'])} after",
+        "adapter": summary["saved_adapter"],
+        "model": summary["saved_model"],
+        "loss curve": folder / "loss.png",
+        "Hub": summary.get("hub"),
+    }
+    for name, value in lines.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
