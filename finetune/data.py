@@ -108,7 +108,7 @@ def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: 
         ids += piece
         labels += piece if learned else [IGNORED] * len(piece)
         last = (learned, piece) if piece else last
-    if bos is not None and (ids[:1] == [bos] or "messages" not in row):
+    if bos is not None and (ids[:1] == [bos] or row.get("messages") is None):
         start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         ids, labels = [bos, *ids[start:]], [IGNORED, *labels[start:]]
     if eos is not None and last and last[0] and eos not in last[1]:

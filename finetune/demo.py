@@ -61,8 +61,7 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
     folder.mkdir(parents=True, exist_ok=True)
     base = base_folder()
     with open_hub(folder, hub_id) as (name, environment, access):
-        train.make_repo(name, **access)
-
+        train.make_repo(name, private=bool(hub_id), **access)
         items = demo_task.split_items(TRAIN_ITEMS)
         rows = folder / "train.jsonl"
         rows.write_text("".join(json.dumps(demo_task.training_row(i)) + "\n" for i in items.train), encoding="utf-8")
@@ -73,7 +72,9 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
         console.print(f"Base: {model.num_parameters():,} parameters. Question: {items.held_out[0]['question']!r}")
 
         overrides = {"model": base, "data": rows, "output_dir": folder / "run"}
-        recipe = load_recipe("demo", [f"{key}={value}" for key, value in overrides.items()])
+        recipe = load_recipe(
+            Path(__file__).parent / "recipes" / "demo.yaml", [f"{key}={value}" for key, value in overrides.items()]
+        )
         run = train.run(recipe)
 
         adapted = PeftModel.from_pretrained(model, run["saved_adapter"])
@@ -81,16 +82,16 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
         logits = demo_task.first_logits(adapted, tokenizer, items.held_out)
         merged = AutoModelForCausalLM.from_pretrained(run["saved_model"], dtype="auto")
         scores["reloaded"] = demo_task.ask(merged, tokenizer, items.held_out)
-        check_same("the merged model", scores, "reloaded", logits, demo_task.first_logits(merged, tokenizer, items.held_out))
+        check_same(
+            "the merged model", scores, "reloaded", logits, demo_task.first_logits(merged, tokenizer, items.held_out)
+        )
 
-        address = train.push(Path(run["saved_model"]), name, **{key: access[key] for key in ("endpoint", "token")})
+        address = train.push(Path(run["saved_model"]), name, **access)
         answers, pulled_logits = ask_by_name(name, environment, folder / "pulled.safetensors")
         scores["pulled"] = demo_task.score(items.held_out, answers)
         check_same(f"{name} from the Hub", scores, "pulled", logits, pulled_logits)
 
-    summary: dict[str, Any] = {
-        key: {"score": result.mean, "right": result.right} for key, result in scores.items()
-    }
+    summary: dict[str, Any] = {key: {"score": result.mean, "right": result.right} for key, result in scores.items()}
     summary |= {"adapter": run["saved_adapter"], "model": run["saved_model"], "hub": address}
     summary |= {"loss_curve": str(folder / "run" / "loss.png"), "seconds": round(time.monotonic() - started, 1)}
     (folder / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -100,9 +101,10 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
 
 @contextlib.contextmanager
 def open_hub(folder: Path, hub_id: str | None) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """The repository to push to, the environment of a process that loads from it, and arguments of `make_repo`."""
+    """The repository to push to, the environment of a process that loads from it, and the Hub's address and token."""
     if hub_id:
-        yield hub_id, {**os.environ, "HF_HOME": str(folder / "hf_home"), **_login()}, {"endpoint": None, "token": None}
+        # The login stays where it is; an empty cache proves that the files came from the Hub.
+        yield hub_id, {**os.environ, "HF_HUB_CACHE": str(folder / "hf_cache")}, {"endpoint": None, "token": None}
         return
     with LocalHub(folder / "hub") as hub:
         yield LOCAL_NAME, hub.environment(folder / "hf_home"), {"endpoint": hub.endpoint, "token": "local"}
@@ -147,7 +149,7 @@ def report(console: Console, items: list[dict[str, Any]], scores: dict[str, Scor
         table.add_row(name, f"{scores[key].mean:.3f}", f"{scores[key].right:.1%}", style=style)
     console.print(table)
 
-    table = Table(title="Some answers", *("word", "before", "after"))
+    table = Table("word", "before", "after", title="Some answers")
     for number in range(5):
         row = (scores[key].answers[number].replace("\n", " ") for key in ("before", "after"))
         table.add_row(items[number]["metadata"]["word"], *row)

@@ -1,4 +1,6 @@
-"""Pretrain the demo's base model: `python -m modeling_deepseek_moe.finetune.demo_base --output DIR`.
+"""Pretrain the demo's base model on two processes of one thread each (or in one process, slower):
+
+    torchrun --nproc-per-node 2 -m modeling_deepseek_moe.finetune.demo_base --output DIR
 
 A DeepSeek-V3 in small: MLA with compressed queries, one dense layer, then routed and shared experts under sigmoid
 routing, whose selection bias moves once per optimizer step (DeepSeek-V3, section 2.1.2), and one multi-token
@@ -9,6 +11,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -27,6 +30,7 @@ from modeling_deepseek_moe.balancing import max_violation
 from modeling_deepseek_moe.finetune.callbacks import BalanceExperts
 from modeling_deepseek_moe.finetune.data import IGNORED
 from modeling_deepseek_moe.finetune.demo_corpus import ASSISTANT, USER, documents
+from modeling_deepseek_moe.finetune.run_folder import write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, USER, ASSISTANT]
@@ -108,7 +112,7 @@ class PackedRows(Dataset):
 
 
 class BalanceAndMeasure(BalanceExperts):
-    """Also puts MaxVio, 0 for a perfect balance, as `max_violation` into the Trainer's log: mean over layers and steps."""
+    """Also logs `max_violation`, the mean MaxVio of all layers and steps since the last log; 0 is perfect balance."""
 
     def __init__(self, model: nn.Module, speed: float):
         super().__init__(model, speed)
@@ -140,15 +144,19 @@ def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, An
     data, seed = recipe["data"], recipe["training"]["seed"]
     tokenizer = build_tokenizer(recipe["model"]["vocab_size"], data["tokenizer_documents"], seed)
     set_seed(seed)
-    config = DeepseekMoeConfig(
-        **recipe["model"],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        report_to=[],
+        per_device_train_batch_size=data["batch_size"] // int(os.environ.get("WORLD_SIZE", "1")),
+        **recipe["training"],
     )
-    model = DeepseekMoeForCausalLM(config)
-    arguments = TrainingArguments(output_dir=str(output / "checkpoints"), report_to=[], **recipe["training"])
-    rows = arguments.max_steps * arguments.train_batch_size
+    rows = arguments.max_steps * data["batch_size"]
+    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    if checkpoint:
+        # The Trainer alone does not stack the per-expert tensors of a checkpoint.
+        model = DeepseekMoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    else:
+        model = DeepseekMoeForCausalLM(_config(recipe["model"], tokenizer))
     packed = functools.partial(PackedRows, tokenizer, data["length"], task_share=data["task_share"])
     trainer = Trainer(
         model=model,
@@ -157,13 +165,43 @@ def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, An
         eval_dataset=packed(rows=data["validation_rows"], held_out=True),
         callbacks=[BalanceAndMeasure(model, recipe["bias_update_speed"])],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if output.exists() else None)
-    model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
     log = {"tokens": rows * data["length"], "parameters": model.num_parameters(), "history": history}
-    (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    if not trainer.is_world_process_zero():
+        return log
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_text(output / "training_log.json", json.dumps(log, indent=1) + "\n")
+    draw(history, output / "loss.png")
     return log
+
+
+def _config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> DeepseekMoeConfig:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return DeepseekMoeConfig(**fields, **{name: getattr(tokenizer, name) for name in names})
+
+
+def draw(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw losses and MaxVio over optimizer steps into a PNG file, from the Trainer's `log_history`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, balance = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for axes, key, style, label in (
+        (losses, "loss", "-", "training (with the multi-token loss)"),
+        (losses, "eval_loss", "o--", "validation (next token)"),
+        (balance, "max_violation", "-", "MaxVio, mean of layers"),
+    ):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    losses.set(ylabel="loss (nats a token)")
+    balance.set(xlabel="optimizer step", ylabel="(max - mean) / mean load", ylim=(0, None))
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

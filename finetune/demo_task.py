@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 
-from .demo_corpus import DEMO_TASK
+from .demo_corpus import DEMO_TASK, as_prompt
 
 WORD_LENGTHS = {"min_word_len": 3, "max_word_len": 8}
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The task's own mean score (1 for a right answer, less for some right letters), and the share of right answers."""
+    """The task's own mean score (1 for a right answer, a share for some right letters), and how many are all right."""
 
     mean: float
     right: float
@@ -62,10 +62,9 @@ def _new_items(seed: int, seen: set[str]) -> Iterator[dict[str, Any]]:
             yield item
 
 
-def training_row(item: dict[str, Any]) -> dict[str, Any]:
+def training_row(item: dict[str, Any]) -> dict[str, str]:
     """An item as a row that `data.py` reads."""
-    question = {"role": "user", "content": item["question"]}
-    return {"messages": [question, {"role": "assistant", "content": item["answer"]}]}
+    return {"prompt": as_prompt(item["question"]), "completion": item["answer"]}
 
 
 def score(items: list[dict[str, Any]], answers: list[str]) -> Scores:
@@ -107,7 +106,7 @@ def first_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
     """Logits `[8, V]` of the first answer token of the first eight items: a fingerprint of the model."""
     model.eval()
     with torch.inference_mode():
-        return model(**encode(tokenizer, items[:8])).logits[:, -1].float()
+        return model(**encode(tokenizer, items[:8])).logits[:, -1].float().contiguous()
 
 
 def main(name: str, report: str) -> None:

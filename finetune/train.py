@@ -233,7 +233,9 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, f
     return saved
 
 
-def make_repo(repo_id: str, private: bool = True, endpoint: str | None = None, token: str | None = None) -> None:
+def make_repo(
+    repo_id: str, private: bool = True, endpoint: str | None = None, token: str | bool | None = None
+) -> None:
     """Make sure that the Hub repository exists and that we may write to it, before hours of training."""
     try:
         HfApi(endpoint=endpoint, token=token).create_repo(repo_id, private=private, exist_ok=True)
@@ -243,7 +245,7 @@ def make_repo(repo_id: str, private: bool = True, endpoint: str | None = None, t
         ) from error
 
 
-def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | None = None) -> str:
+def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | bool | None = None) -> str:
     """Upload a folder to an existing repository; returns its address."""
     api = HfApi(endpoint=endpoint, token=token)
     try:

@@ -31,7 +31,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
             raise CheckpointError(f"{path} is no whole safetensors file: {size} bytes, a header of {length} announced")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has a safetensors header that is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a safetensors header that is not an object")
@@ -41,7 +41,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         try:
             shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             width = _DTYPE_BYTES.get(entry["dtype"])
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed") from error
         count = 1
         for dimension in shape:
@@ -67,7 +67,7 @@ def check_folder(folder: str | os.PathLike) -> None:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from error
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
@@ -100,7 +100,7 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
         name = _base_name(name)
         if not is_redundant(name) and (with_head or name != "lm_head.weight"):
             wanted |= dict(_stacked(name, shape, config)) if stacked else {name: shape}
-    has_mtp = any(is_mtp_tensor(name, config) for name in found)
+    has_mtp = any(is_mtp_tensor(name, config) and not is_redundant(name) for name in found)
     if not has_mtp:
         wanted = {name: shape for name, shape in wanted.items() if not is_mtp_tensor(name, config)}
     shown = {name: name if name == "lm_head.weight" else prefix + name for name in wanted}

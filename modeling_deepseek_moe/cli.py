@@ -33,7 +33,7 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
             _complain(" ".join(str(error).split()))
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
-            _complain(str(stop) or "stopped")
+            _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop
 
     return wrapped

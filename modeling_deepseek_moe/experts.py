@@ -48,5 +48,16 @@ class DeepseekMoeExperts(nn.Module):
             output = output.index_add(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
         return output.to(hidden_states.dtype)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # `load_state_dict` gets a saved checkpoint's per-expert names where a Trainer resumes or restores the best.
+        parts = {
+            projection: [f"{prefix}{expert}.{projection}.weight" for expert in range(self.num_experts)]
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        }
+        if all(name in state_dict for names in parts.values() for name in names):
+            gate, up, down = (torch.stack([state_dict.pop(name) for name in names]) for names in parts.values())
+            state_dict |= {f"{prefix}gate_up_proj": torch.cat((gate, up), dim=1), f"{prefix}down_proj": down}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, width={self.intermediate_dim}"

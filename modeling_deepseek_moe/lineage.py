@@ -81,14 +81,23 @@ _FOREIGN_CLASS_PREFIXES = ("DeepseekV2For", "DeepseekV3For", "DeepseekFor", "Dee
 
 
 def canonical_config_dict(config_dict: dict) -> dict:
-    """The same configuration as a `deepseek_moe` one; a dict of any other type is returned as it is.
+    """The same configuration as a `deepseek_moe` one; a dict of that type, or of none, is returned as it is.
 
     Args:
-        config_dict: a parsed `config.json` of type `deepseek`, `deepseek_v2`, `deepseek_v3`, `kimi_k2` or any other.
+        config_dict: a parsed `config.json` of type `deepseek`, `deepseek_v2`, `deepseek_v3` or `kimi_k2`.
+
+    Raises:
+        ValueError: not an object, or of a type this family does not have.
     """
-    defaults = LINEAGE_DEFAULTS.get(config_dict.get("model_type"))
-    if defaults is None:
+    if not isinstance(config_dict, dict):
+        raise ValueError(f"a configuration is a JSON object, not a {type(config_dict).__name__}")
+    model_type = config_dict.get("model_type") or "deepseek_moe"
+    if model_type == "deepseek_moe":
         return config_dict
+    if model_type not in LINEAGE_DEFAULTS:
+        choices = ", ".join(map(repr, [*LINEAGE_DEFAULTS, "deepseek_moe"]))
+        raise ValueError(f"model_type={model_type!r} is not one of {choices}")
+    defaults = LINEAGE_DEFAULTS[model_type]
     merged = {**defaults, **config_dict, "model_type": "deepseek_moe"}
     # transformers writes the MTP depth of its own DeepSeek classes under either name.
     if "num_mtp_layers" in merged:

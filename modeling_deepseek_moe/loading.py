@@ -44,6 +44,14 @@ class CheckpointMixin:
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
+        other = sorted(
+            f"{name} is {list(found)} instead of {list(own)}" for name, found, own in loading_info.mismatched_keys
+        )
+        if other and not load_config.ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"{load_config.pretrained_model_name_or_path}: {', '.join(other)}; ignore_mismatched_sizes=True "
+                "starts a task head anew"
+            )
         new_heads = {name for name in loading_info.missing_keys if name.startswith("score.")}
         lost = set(loading_info.missing_keys) - new_heads - model.all_tied_weights_keys.keys()
         if lost and load_config.hf_quantizer is None:
@@ -57,6 +65,8 @@ class CheckpointMixin:
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
         """As in transformers; MTP modules get their copies of embedding and head back."""
+        if self._auto_class is None:
+            drop_local_code(self.config)
         if self.config.num_nextn_predict_layers and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
@@ -113,6 +123,14 @@ def warn_of_other_copies(file_of: dict[str, str], config, source: str) -> None:
         shared = "model.embed_tokens.weight" if name.endswith("embed_tokens.weight") else "lm_head.weight"
         if shared in file_of and not torch.equal(read(name), read(shared)):
             logger.warning(f"{source}: {name} differs from {shared}; the latter is used, and saved, for both")
+
+
+def drop_local_code(config) -> None:
+    """Forgets the code files beside the checkpoint that `config` was read from: they are not copied along."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    of_repositories = {name: code for name, code in auto_map.items() if "--" in str(code)}
+    if auto_map != of_repositories:
+        config.auto_map = of_repositories or None
 
 
 def check_biases(model, source) -> None:

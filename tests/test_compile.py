@@ -58,7 +58,9 @@ def check_decoding(lineage: str, backend: str, tolerance: float, steps: int = 5)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("lineage", LINEAGES)
+@pytest.mark.parametrize(
+    "lineage", [pytest.param("v1", marks=pytest.mark.slow), pytest.param("v2", marks=pytest.mark.slow), "v3"]
+)
 def test_a_training_step_is_one_graph_forward_and_backward(lineage):
     check_training_step(lineage, "aot_eager", 1e-5)
 
@@ -90,6 +92,7 @@ def test_inference_is_one_graph_with_every_traceable_expert_implementation(exper
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lineage", ["v1", "v3"])
 @torch.no_grad()
 def test_a_cache_filled_by_a_compiled_step_continues_in_eager_mode_and_back(lineage):

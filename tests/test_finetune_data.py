@@ -2,12 +2,17 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from tiny_run import TEMPLATE, tiny_tokenizer, write_jsonl
 
 from modeling_deepseek_moe.finetune.data import IGNORED, collator, encode, load_data
+from modeling_deepseek_moe.finetune.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.recipe import RecipeError
 
 BOS, EOS = "<s>", "</s>"
@@ -187,3 +192,41 @@ def test_rows_survive_as_json_with_unlike_columns(tmp_path):
     rows = [{"text": "w1", "extra": 1}, {"text": "w2", "extra": {"deep": [1]}}, {"text": "w3", "extra": "x"}]
     assert len(load(tmp_path, rows)) == 3
     assert json.loads(json.dumps(load(tmp_path, rows)[0])) == {"input_ids": [0, 7, 1], "labels": [IGNORED, 7, 1]}
+
+
+FROM_HUB = """
+import sys
+from tiny_run import tiny_tokenizer
+from modeling_deepseek_moe.finetune.data import load_data
+from modeling_deepseek_moe.finetune.recipe import RecipeError
+tokenizer = tiny_tokenizer()
+for row in load_data("me/rows", "train", tokenizer, 64, sys.argv[1]):
+    print(tokenizer.decode(row["input_ids"]))
+for name, split in (("me/absent", "train"), ("me/rows", "test")):
+    try:
+        load_data(name, split, tokenizer, 64, sys.argv[1])
+    except RecipeError as error:
+        print(error)
+"""
+
+
+def test_rows_of_a_hub_data_set_are_read_by_name(tmp_path):
+    """Columns a row does not have come back as None, in the row and inside its messages."""
+    rows = [{"messages": [USER, {**ANSWER, "name": "w9"}]}, {"text": "w1"}]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    with LocalHub(tmp_path / "hub") as hub:
+        api = HfApi(endpoint=hub.endpoint, token="any")
+        api.create_repo("me/rows", repo_type="dataset")
+        api.upload_file(path_or_fileobj=path, path_in_repo="train.jsonl", repo_id="me/rows", repo_type="dataset")
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_HUB, str(tmp_path / "cache")],
+            env={**hub.environment(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["<s> <user> w1 w2 <bot> w3 w4 </s>", "<s> w1 </s>"]
+    assert "cannot load data 'me/absent', split 'train': " in lines[2]
+    assert "cannot load data 'me/rows', split 'test': " in lines[3]

@@ -66,7 +66,7 @@ def test_pipeline_and_fsdp_plans_name_modules(variant):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "without experts" not in name])
 def test_transformers_resolves_the_plans_without_a_warning(variant, plan, caplog):
     model = tiny_model(config_of(variant))
-    sizes = {"tp_size": 2} if plan == "tp" else {"dp_size": 2, "ep_size": 2}
+    sizes = {"tp_size": 2} if plan == "tp" else {"fsdp_size": 2, "ep_size": 2}
     with caplog.at_level("WARNING", logger="transformers"):
         resolved = dict(zip(("tp", "ep", "fsdp"), model._resolve_parallel_plans(DistributedConfig(**sizes)), strict=True))
     assert not caplog.messages

@@ -339,17 +339,16 @@ def test_the_result_is_pushed_and_loads_by_name(tmp_path, base):
     assert not any(b"hf_private" in path.read_bytes() for path in written)
 
 
-def test_a_hub_that_refuses_is_noticed_before_training(tmp_path, base):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_values(tmp_path, base, hub_id="me/tuned")))
-    with LocalHub(tmp_path / "hub") as hub:
-        environment = {key: value for key, value in hub.environment(tmp_path / "home").items() if key != "HF_TOKEN"}
-        done = subprocess.run(
-            [sys.executable, "-m", "modeling_deepseek_moe.cli", "finetune", str(tmp_path / "recipe.yaml")],
-            env={**environment, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 1
-    assert "cannot write to 'me/tuned' on the Hub" in done.stderr and "hf auth login" in done.stderr
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+def test_a_hub_that_refuses_ends_in_one_line(tmp_path):
+    with LocalHub(tmp_path / "hub") as hub, pytest.raises(RecipeError) as caught:
+        train.make_repo("me/tuned", endpoint=hub.endpoint, token=False)
+    assert "cannot write to 'me/tuned' on the Hub: " in str(caught.value)
+    assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_upload_that_fails_says_that_the_result_is_safe(tmp_path, base):
+    with (
+        LocalHub(tmp_path / "hub") as hub,
+        pytest.raises(RecipeError, match="upload to 'me/none' failed.*is complete"),
+    ):
+        train.push(base, "me/none", endpoint=hub.endpoint, token="any")

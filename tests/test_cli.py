@@ -1,0 +1,130 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+from tiny_run import tiny_base, tiny_values
+from typer.testing import CliRunner
+
+from modeling_deepseek_moe import CheckpointError, __version__
+from modeling_deepseek_moe.cli import app, main
+from modeling_deepseek_moe.finetune.recipe import RecipeError
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_failing_with(monkeypatch, error):
+    """Let the work behind `finetune` end with `error`, so that only the reporting is tested."""
+
+    def run(recipe):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.train", types.SimpleNamespace(run=run))
+    return call("finetune", "lora_all", "data=rows.jsonl", "output_dir=out")
+
+
+def test_help_lists_the_verbs():
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "finetune" in result.stdout and "demo" in result.stdout
+
+
+def test_no_verb_shows_the_help_and_counts_as_wrong():
+    result = call()
+    assert result.exit_code == 2
+    assert "Usage" in result.output
+
+
+def test_the_version_is_the_packages():
+    assert call("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "arguments", [["finetune"], ["finetune", "lora_all", "--fast"], ["finetuen"], ["demo", "--hub"]], ids=" ".join
+)
+def test_wrong_arguments_exit_with_2(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["absent.yaml"], "cannot read recipe absent.yaml: No such file or directory"),
+        (["lora_all"], "the recipe lacks `data`"),
+        (["lora_all", "data=d", "output_dir=o", "lr=1"], "unknown recipe key `lr`: did you mean `lora.r`?"),
+        (["lora_all", "data"], "'data' is not of the form key=value"),
+    ],
+    ids=["no file", "no data", "unknown key", "no value"],
+)
+def test_a_bad_recipe_is_one_line_on_stderr(arguments, message):
+    result = call("finetune", *arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [RecipeError("first\nsecond"), CheckpointError("first\nsecond")], ids=repr)
+def test_errors_of_ours_become_one_line(monkeypatch, error):
+    result = run_failing_with(monkeypatch, error)
+    assert (result.exit_code, result.stderr) == (1, "first second\n")
+
+
+def test_markup_in_a_message_is_printed_as_it_is(monkeypatch):
+    result = run_failing_with(monkeypatch, RecipeError("a row has [red]text[/red]"))
+    assert result.stderr == "a row has [red]text[/red]\n"
+
+
+def test_ctrl_c_exits_with_130_and_says_what_is_saved(monkeypatch):
+    result = run_failing_with(monkeypatch, KeyboardInterrupt("stopped: out/checkpoint-2 is saved"))
+    assert (result.exit_code, result.stderr) == (130, "\nstopped: out/checkpoint-2 is saved\n")
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(monkeypatch):
+    result = run_failing_with(monkeypatch, ZeroDivisionError("a bug"))
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_recipe_runs_from_the_command_line(tmp_path):
+    values = tiny_values(tmp_path, tiny_base(tmp_path / "base"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = call("finetune", tmp_path / "recipe.yaml", "training.max_steps=2", "lora.targets=[attention]")
+    assert result.exit_code == 0, result.output
+    assert "held-out loss" in result.stdout
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_demo_passes_its_options_on(monkeypatch, tmp_path):
+    seen = {}
+    module = types.SimpleNamespace(run_demo=lambda **options: seen.update(options))
+    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.demo", module)
+    assert call("demo", "--output-dir", tmp_path, "--hub-id", "me/demo").exit_code == 0
+    assert seen == {"output_dir": tmp_path, "hub_id": "me/demo"}
+    assert call("demo").exit_code == 0
+    assert seen == {"output_dir": None, "hub_id": None}
+
+
+def test_the_entry_point_takes_its_arguments_from_the_shell(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deepseek-moe", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_imports_nothing_that_only_training_needs():
+    code = (
+        "import sys; from typer.testing import CliRunner; from modeling_deepseek_moe.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print(*sorted({'peft', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

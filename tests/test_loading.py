@@ -1,0 +1,416 @@
+"""`from_pretrained` and `save_pretrained`: nothing converted, silently initialised, dropped or renamed."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    CONFIG_OF_LINEAGE,
+    JSON_OF_LINEAGE,
+    kimi_config,
+    tiny_config,
+    tiny_ids,
+    tiny_model,
+    v1_config,
+    v3_config,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from modeling_deepseek_moe import (
+    CheckpointError,
+    DeepseekMoeForCausalLM,
+    DeepseekMoeForSequenceClassification,
+    DeepseekMoeForTokenClassification,
+    DeepseekMoeModel,
+)
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "fixtures" / "golden").glob("*/config.json"))
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder, sharded or not."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_bit_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
+
+
+def written(folder: Path, config_json: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint as others publish it: that json, and those tensors in one file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_json))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def v3_tensors(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The tensors of a V3-style checkpoint with one MTP module."""
+    folder = tmp_path_factory.mktemp("v3")
+    tiny_model(v3_config()).save_pretrained(folder)
+    return tensors_of(folder)
+
+
+@pytest.fixture
+def v3_folder(v3_tensors, tmp_path) -> Path:
+    return written(tmp_path / "v3", JSON_OF_LINEAGE["v3"], v3_tensors)
+
+
+def logits_of(model, seed: int = 0) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_ids(model.config, seed=seed)).logits
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_deepseeks_own_files_load_without_conversion_and_are_written_back_bit_for_bit(folder, options, tmp_path):
+    model, info = DeepseekMoeForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not model.training
+    model.save_pretrained(tmp_path, **options)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(options)
+    assert_bit_equal(tensors_of(tmp_path), load_file(folder / "model.safetensors"))
+    again = DeepseekMoeForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("lineage", CONFIG_OF_LINEAGE)
+def test_a_loaded_model_computes_what_the_saved_one_did(lineage, tmp_path):
+    model = tiny_model(tiny_config(lineage))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(DeepseekMoeForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16, "auto"], ids=str)
+def test_the_dtype_argument_is_obeyed_except_by_the_routing_bias(dtype, v3_folder, v3_tensors):
+    """FACTS T19."""
+    model = DeepseekMoeForCausalLM.from_pretrained(v3_folder, dtype=dtype)
+    expected = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    bias = model.get_buffer(BIAS)
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias, v3_tensors[BIAS])
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+        (lambda model: model.bfloat16(), torch.bfloat16),
+        (lambda model: model.half(), torch.float16),
+        (lambda model: model.to("cpu", dtype=torch.float16), torch.float16),
+    ],
+    ids=["to", "bfloat16", "half", "to device and dtype"],
+)
+def test_the_routing_bias_and_rotary_frequencies_stay_float32_when_a_model_is_cast_and_saved(
+    cast, dtype, v3_folder, v3_tensors, tmp_path
+):
+    """FACTS T19: a rounded bias is another routing."""
+    model = DeepseekMoeForCausalLM.from_pretrained(v3_folder)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    cast(model)
+    assert model.lm_head.weight.dtype == dtype
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    model.save_pretrained(tmp_path / "saved")
+    saved = tensors_of(tmp_path / "saved")
+    assert torch.equal(saved[BIAS], v3_tensors[BIAS])
+    assert saved["lm_head.weight"].dtype == dtype
+    again = DeepseekMoeForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.dtype == dtype
+    assert torch.equal(again.get_buffer(BIAS), v3_tensors[BIAS])
+
+
+def test_a_routing_bias_stored_in_bfloat16_is_held_in_float32(v3_tensors, tmp_path):
+    """Moonlight's may be (FACTS 11)."""
+    bias = v3_tensors[BIAS].bfloat16()
+    folder = written(tmp_path, JSON_OF_LINEAGE["v3"], {**v3_tensors, BIAS: bias})
+    assert torch.equal(DeepseekMoeForCausalLM.from_pretrained(folder).get_buffer(BIAS), bias.float())
+
+
+def test_the_routing_bias_is_no_parameter(v3_folder):
+    """FACTS T27: neither gradient nor weight decay may move it."""
+    model = DeepseekMoeForCausalLM.from_pretrained(v3_folder)
+    assert not any("e_score_correction_bias" in name for name, _ in model.named_parameters())
+    assert BIAS in model.state_dict()
+
+
+def test_stray_rotary_tables_are_ignored(v3_tensors, tmp_path):
+    """FACTS T20: some exports carry one a layer; neither an unexpected key nor written again."""
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((4,), 7.0) for i in range(3)}
+    folder = written(tmp_path / "in", JSON_OF_LINEAGE["v3"], {**v3_tensors, **tables})
+    model, info = DeepseekMoeForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not torch.equal(model.model.rotary_emb.inv_freq, torch.full((4,), 7.0))
+    model.save_pretrained(tmp_path / "out")
+    assert_bit_equal(tensors_of(tmp_path / "out"), v3_tensors)
+
+
+def test_a_tensor_no_model_has_is_reported(v3_tensors, tmp_path):
+    folder = written(tmp_path, JSON_OF_LINEAGE["v3"], {**v3_tensors, "model.layers.1.indexer.weight": torch.ones(2)})
+    _, info = DeepseekMoeForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.1.indexer.weight"}
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_mtp_modules_are_kept_under_the_layer_numbers_behind_the_main_layers(modules, options, tmp_path):
+    """FACTS T15 and T20: layers 3 and 4 of a 3-layer model, with their copies of embedding and head."""
+    model = tiny_model(v3_config(num_nextn_predict_layers=modules))
+    model.save_pretrained(tmp_path / "first", **options)
+    first = tensors_of(tmp_path / "first")
+    for layer in range(3, 3 + modules):
+        prefix = f"model.layers.{layer}"
+        assert first[f"{prefix}.eh_proj.weight"].shape == (32, 64)
+        assert f"{prefix}.mlp.experts.7.down_proj.weight" in first
+        assert torch.equal(first[f"{prefix}.embed_tokens.weight"], first["model.embed_tokens.weight"])
+        assert torch.equal(first[f"{prefix}.shared_head.head.weight"], first["lm_head.weight"])
+    assert not any(name.startswith(f"model.layers.{3 + modules}.") for name in first)
+    again, info = DeepseekMoeForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_bit_equal(again.state_dict(), model.state_dict())
+    again.save_pretrained(tmp_path / "second", **options)
+    assert_bit_equal(tensors_of(tmp_path / "second"), first)
+
+
+def test_mtp_modules_without_their_copies_load_and_get_them_back(v3_tensors, tmp_path):
+    copies = ("layers.3.embed_tokens.weight", "layers.3.shared_head.head.weight")
+    kept = {name: tensor for name, tensor in v3_tensors.items() if not name.endswith(copies)}
+    assert len(kept) == len(v3_tensors) - 2
+    model = DeepseekMoeForCausalLM.from_pretrained(written(tmp_path / "in", JSON_OF_LINEAGE["v3"], kept))
+    model.save_pretrained(tmp_path / "out")
+    assert_bit_equal(tensors_of(tmp_path / "out"), v3_tensors)
+
+
+def test_an_mtp_copy_that_is_not_the_main_models_is_said_to_be_replaced(v3_tensors, tmp_path, caplog):
+    name = "model.layers.3.embed_tokens.weight"
+    folder = written(tmp_path, JSON_OF_LINEAGE["v3"], {**v3_tensors, name: v3_tensors[name] + 1})
+    DeepseekMoeForCausalLM.from_pretrained(folder)
+    assert [record.levelno for record in caplog.records if f"{name} differs" in record.message] == [logging.WARNING]
+
+
+def test_announced_but_absent_mtp_modules_are_left_out_said_once_and_not_announced_again(v3_tensors, tmp_path, caplog):
+    kept = {name: tensor for name, tensor in v3_tensors.items() if not name.startswith("model.layers.3.")}
+    folder = written(tmp_path / "in", JSON_OF_LINEAGE["v3"], kept)
+    model, info = DeepseekMoeForCausalLM.from_pretrained(folder, output_loading_info=True)
+    DeepseekMoeForCausalLM.from_pretrained(folder)
+    said = [record.message for record in caplog.records if "num_nextn_predict_layers=1" in record.message]
+    assert len(said) == 1 and str(folder) in said[0]
+    assert not any(info.values()), info
+    assert len(model.model.layers) == 3
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert_bit_equal(tensors_of(tmp_path / "out"), kept)
+
+
+def test_leftover_copies_alone_are_no_mtp_module(v3_tensors, tmp_path):
+    """A derivative that dropped the module but kept its embedding and head."""
+    copies = ("layers.3.embed_tokens.weight", "layers.3.shared_head.head.weight")
+    kept = {
+        name: tensor
+        for name, tensor in v3_tensors.items()
+        if not name.startswith("model.layers.3.") or name.endswith(copies)
+    }
+    model = DeepseekMoeForCausalLM.from_pretrained(written(tmp_path, JSON_OF_LINEAGE["v3"], kept))
+    assert model.config.num_nextn_predict_layers == 0
+
+
+def test_an_mtp_module_of_which_only_a_part_is_there_is_an_error(v3_tensors, tmp_path):
+    lost = ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.gate.weight")
+    kept = {name: tensor for name, tensor in v3_tensors.items() if name not in lost}
+    with pytest.raises(CheckpointError, match=r"2 missing \(.*layers\.3\.mlp\.gate\.weight, .*eh_proj\.weight\)"):
+        DeepseekMoeForCausalLM.from_pretrained(written(tmp_path, JSON_OF_LINEAGE["v3"], kept))
+
+
+def test_mtp_modules_that_no_loss_trains_are_frozen(v3_folder):
+    frozen = DeepseekMoeForCausalLM.from_pretrained(v3_folder)
+    trained = DeepseekMoeForCausalLM.from_pretrained(v3_folder, mtp_loss_weight=0.3)
+    assert not any(parameter.requires_grad for parameter in frozen.model.layers[3].parameters())
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_shared_experts_are_one_mlp_as_wide_as_all_of_them(shared, tmp_path):
+    """FACTS T17."""
+    model = tiny_model(v1_config(n_shared_experts=shared))
+    assert model.model.layers[1].mlp.shared_experts.down_proj.weight.shape == (32, 16 * shared)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(DeepseekMoeForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+
+CLASSES = [
+    DeepseekMoeForCausalLM,
+    DeepseekMoeModel,
+    DeepseekMoeForSequenceClassification,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+]
+
+
+@pytest.mark.parametrize("model_class", CLASSES, ids=lambda model_class: model_class.__name__)
+def test_missing_and_mis_shaped_tensors_are_one_error_that_names_them(model_class, tmp_path):
+    tiny_model(kimi_config()).save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    lost = [name for name in tensors if ".experts.5." in name]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    kept["model.norm.weight"] = torch.ones(31)
+    written(tmp_path, JSON_OF_LINEAGE["kimi"], kept)
+    with pytest.raises(CheckpointError) as caught:
+        model_class.from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert "6 missing (model.layers.1.mlp.experts.5.gate_proj.weight, " in message and "and 1 more" in message
+    assert "1 of the wrong shape (model.norm.weight is [31] instead of [32])" in message
+
+
+def test_a_checkpoint_without_a_head_is_no_causal_language_model(tmp_path):
+    tiny_model(v3_config(), model_class=DeepseekMoeModel).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 missing \(lm_head\.weight\)"):
+        DeepseekMoeForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "head"),
+    [
+        (DeepseekMoeForSequenceClassification, {"score.weight"}),
+        (DeepseekMoeForTokenClassification, {"score.weight", "score.bias"}),
+    ],
+    ids=["sequence", "token"],
+)
+@pytest.mark.parametrize("source", [DeepseekMoeForCausalLM, DeepseekMoeModel], ids=["with head", "base only"])
+def test_the_new_head_of_a_task_class_is_reported_and_alone_initialised(model_class, head, source, tmp_path, caplog):
+    base = tiny_model(v3_config(), model_class=source)
+    base.save_pretrained(tmp_path)
+    model, info = model_class.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert info["missing_keys"] == head
+    said = [record.message for record in caplog.records if record.name.startswith("modeling_deepseek_moe")]
+    assert len(said) == 1 and f"{', '.join(sorted(head))} is new" in said[0]
+    assert model.score.weight.shape == (5, 32)
+    assert_bit_equal(model.model.state_dict(), base.base_model.state_dict())
+
+
+def test_a_trained_classification_head_is_loaded_and_not_called_new(tmp_path, caplog):
+    model = tiny_model(v1_config(num_labels=3, pad_token_id=2), model_class=DeepseekMoeForSequenceClassification)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and not caplog.records
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_another_number_of_labels_gives_a_new_head_only_if_asked_for(tmp_path):
+    tiny_model(v1_config(num_labels=3), model_class=DeepseekMoeForSequenceClassification).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"score\.weight is \[3, 32\] instead of \[5, 32\]"):
+        DeepseekMoeForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    model = DeepseekMoeForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert model.score.weight.shape == (5, 32)
+
+
+def test_a_mis_shaped_tensor_of_the_body_is_an_error_even_where_a_head_may_differ(v3_tensors, tmp_path):
+    broken = {**v3_tensors, "model.norm.weight": torch.ones(31)}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is \[31\] instead of \[32\]"):
+        DeepseekMoeForCausalLM.from_pretrained(
+            written(tmp_path, JSON_OF_LINEAGE["v3"], broken), ignore_mismatched_sizes=True
+        )
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["with head", "base only"])
+def test_the_base_model_loads_from_either_kind_of_checkpoint(prefix, v3_tensors, tmp_path):
+    tensors = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in v3_tensors.items() if name != "lm_head.weight"
+    }
+    if prefix:
+        tensors["lm_head.weight"] = v3_tensors["lm_head.weight"]
+    model = DeepseekMoeModel.from_pretrained(written(tmp_path, JSON_OF_LINEAGE["v3"], tensors))
+    assert_bit_equal(model.state_dict(), tiny_model(v3_config()).model.state_dict())
+
+
+@pytest.mark.parametrize("lineage", ["v1", "v3"])
+def test_tied_embeddings_are_one_tensor_in_memory_and_on_disk(lineage, tmp_path):
+    model = tiny_model(tiny_config(lineage, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in tensors_of(tmp_path)
+    again, info = DeepseekMoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"], ids=["cpu", "whole", "auto"])
+def test_a_device_map_changes_nothing_on_one_device(device_map, v3_folder, v3_tensors, tmp_path):
+    model = DeepseekMoeForCausalLM.from_pretrained(v3_folder, device_map=device_map)
+    assert torch.equal(logits_of(model), logits_of(tiny_model(v3_config())))
+    model.save_pretrained(tmp_path / "out")
+    assert_bit_equal(tensors_of(tmp_path / "out"), v3_tensors)
+
+
+@pytest.mark.parametrize("has_mtp", [True, False], ids=["with MTP", "MTP announced but absent"])
+def test_layers_offloaded_to_disk_compute_the_same(has_mtp, v3_tensors, tmp_path):
+    kept = {name: tensor for name, tensor in v3_tensors.items() if has_mtp or not name.startswith("model.layers.3.")}
+    folder = written(tmp_path / "in", JSON_OF_LINEAGE["v3"], kept)
+    on_disk = {f"model.layers.{layer}": "disk" for layer in (1, 2, 3)}
+    on_cpu = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    model = DeepseekMoeForCausalLM.from_pretrained(
+        folder, device_map={**on_cpu, **on_disk}, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(logits_of(model), logits_of(tiny_model(v3_config())))
+    model.save_pretrained(tmp_path / "out")
+    assert_bit_equal(tensors_of(tmp_path / "out"), kept)
+
+
+def test_a_state_dict_in_memory_loads_like_a_file(v3_tensors):
+    model = DeepseekMoeForCausalLM.from_pretrained(None, config=v3_config(), state_dict=dict(v3_tensors))
+    assert torch.equal(logits_of(model), logits_of(tiny_model(v3_config())))
+
+
+def test_the_experts_implementation_of_fresh_and_loaded_models_is_grouped_mm(v3_folder):
+    loaded = [
+        DeepseekMoeForCausalLM.from_pretrained(v3_folder),
+        DeepseekMoeModel.from_pretrained(v3_folder),
+        DeepseekMoeForCausalLM._from_config(v3_config()),
+        DeepseekMoeForCausalLM(v3_config()),
+    ]
+    assert {model.config._experts_implementation for model in loaded} == {"grouped_mm"}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_an_experts_implementation_asked_for_by_name_is_used_and_agrees(implementation, v3_folder):
+    model = DeepseekMoeForCausalLM.from_pretrained(v3_folder, experts_implementation=implementation)
+    assert model.config._experts_implementation == implementation
+    # float32 sums in another order: a few units in the last place of logits around 1.
+    torch.testing.assert_close(logits_of(model), logits_of(tiny_model(v3_config())), rtol=0, atol=1e-5)
+
+
+AUTO_CLASSES = {
+    AutoModel: DeepseekMoeModel,
+    AutoModelForCausalLM: DeepseekMoeForCausalLM,
+    AutoModelForSequenceClassification: DeepseekMoeForSequenceClassification,
+    AutoModelForTokenClassification: DeepseekMoeForTokenClassification,
+}
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES, ids=lambda auto_class: auto_class.__name__)
+@pytest.mark.parametrize("lineage", ["v1", "kimi", "own"])
+def test_the_auto_classes_load_the_types_that_transformers_does_not_know(auto_class, lineage, tmp_path):
+    """FACTS T23, and this package's own type."""
+    config = tiny_config("v3" if lineage == "own" else lineage)
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path)
+    if lineage != "own":
+        (tmp_path / "config.json").write_text(json.dumps(JSON_OF_LINEAGE[lineage]))
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is AUTO_CLASSES[auto_class]
+    assert_bit_equal(loaded.base_model.state_dict(), model.model.state_dict())
