@@ -111,11 +111,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 class FineTuner(Trainer):
-    """The Trainer, able to go on from checkpoints of whole models.
-
-    Those hold DeepSeek's names, one tensor an expert; `load_state_dict`, which the Trainer calls without `strict`,
-    would leave the stacked experts as they were.
-    """
+    """The Trainer, able to be told to finish what it already has finished."""
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; from a checkpoint that is already there, only restore it."""
@@ -129,19 +125,6 @@ class FineTuner(Trainer):
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or os.fspath(checkpoint))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

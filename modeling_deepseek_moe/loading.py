@@ -37,8 +37,9 @@ class CheckpointMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # A quantiser renames and reshapes tensors; transformers' own report covers those checkpoints.
-        if load_config.hf_quantizer is None:
+        # A quantiser renames and reshapes tensors; transformers' own report covers those checkpoints. `expected_keys`
+        # are given for an adapter, which goes on top of a model that is already there.
+        if load_config.hf_quantizer is None and expected_keys is None:
             check_and_fit(model, state_dict, checkpoint_files, load_config)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -129,8 +130,10 @@ def drop_local_code(config) -> None:
     """Forgets the code files beside the checkpoint that `config` was read from: they are not copied along."""
     auto_map = getattr(config, "auto_map", None) or {}
     of_repositories = {name: code for name, code in auto_map.items() if "--" in str(code)}
-    if auto_map != of_repositories:
-        config.auto_map = of_repositories or None
+    if of_repositories:
+        config.auto_map = of_repositories
+    elif auto_map:
+        del config.auto_map
 
 
 def check_biases(model, source) -> None:

@@ -1,4 +1,4 @@
-"""Balance losses, the bias step and load statistics against loops in plain Python written from the papers' formulas."""
+"""Balance losses, the bias step and load statistics against plain Python loops written from the papers' formulas."""
 
 import math
 import random

@@ -132,6 +132,7 @@ def test_heads_report_hidden_states_and_attentions(head):
     assert len(outputs.attentions) == config.num_hidden_layers
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("head", HEADS)
 def test_gradient_checkpointing_gives_a_head_the_same_gradients(head):
     config = head_config(aux_loss_alpha=0.0)
@@ -139,7 +140,7 @@ def test_gradient_checkpointing_gives_a_head_the_same_gradients(head):
     for checkpointed in (False, True):
         model = tiny_model(config, model_class=HEADS[head][1]).train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         ids = real_ids(config)
         labels = torch.zeros((3,) if head == "sequence" else ids.shape, dtype=torch.long)
         model(ids, labels=labels).loss.backward()

@@ -141,4 +141,12 @@ def test_a_process_without_the_package_saves_the_same_tensors_and_code(exported,
 def test_a_copy_saved_without_code_does_not_point_at_code(exported, tmp_path):
     DeepseekMoeForCausalLM.from_pretrained(exported).save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
-    assert not json.loads((tmp_path / "config.json").read_text()).get("auto_map")
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_copy_saved_without_code_goes_on_pointing_at_a_repositorys_code(exported, tmp_path):
+    """As transformers writes it into the config of a model that was loaded by name."""
+    model = DeepseekMoeForCausalLM.from_pretrained(exported)
+    model.config.auto_map = {name: f"{REPOSITORY}--{code}" for name, code in model.config.auto_map.items()}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == model.config.auto_map

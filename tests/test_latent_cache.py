@@ -1,4 +1,4 @@
-"""The growing cache layer: what it stores, that appending does not copy, and that every cache operation keeps it right."""
+"""The growing cache layer: what it stores, that appending does not copy, and every cache operation on it."""
 
 import copy
 

@@ -1,7 +1,7 @@
-"""Multi-token prediction against a plain PyTorch reference written from FACTS 3.3 (equations 21 to 25 of the V3 paper).
+"""Multi-token prediction against a plain reference written from FACTS 3.3 (equations 21 to 25 of the V3 paper).
 
-The reference runs in float32 over the same weights with explicit matrix products, so losses agree to some float32 roundings (1e-5) and
-gradients to 1e-4 of their largest entry.
+The reference runs in float32 over the same weights with explicit matrix products, so losses agree to some float32
+roundings (1e-5) and gradients to 1e-4 of their largest entry.
 """
 
 import pytest
@@ -296,3 +296,14 @@ def test_packed_sequences_have_the_mtp_loss_of_the_sequences_alone():
         num_items_in_batch=items,
     )
     torch.testing.assert_close(packed.mtp_loss, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length, items", [(1, 10), (2, 10), (2, None)], ids=["one of 10", "two of 10", "two"])
+def test_sequences_too_short_for_a_module_add_nothing(length, items):
+    config = mtp_config()
+    model = tiny_model(config).train()
+    ids = tiny_ids(config, length=length)
+    outputs = model(ids, labels=ids, num_items_in_batch=None if items is None else torch.tensor(items))
+    evaluated = model.eval()(ids, labels=ids, num_items_in_batch=None if items is None else torch.tensor(items))
+    assert torch.isfinite(outputs.loss)
+    torch.testing.assert_close(outputs.loss, evaluated.loss)

@@ -38,9 +38,6 @@ def go(tmp_path, base):
     return go
 
 
-FULL = {"lora.targets": [], "lora.r": None}
-
-
 def full(values):
     return {key: value for key, value in values.items() if not key.startswith("lora")}
 
@@ -134,8 +131,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, monkeypat
     assert (at_once["resumed_from"], in_two["resumed_from"]) == (None, "checkpoint-2")
     result = "model" if whole else "adapter"
     assert_same(weights(tmp_path / "a" / "run" / result), weights(tmp_path / "b" / "run" / result))
-    for key in ("steps", "train_loss", "eval_loss_before", "eval_loss_after"):
-        assert at_once[key] == in_two[key]
+    same = ("steps", "train_loss", "eval_loss_before", "eval_loss_after")
+    assert [at_once[key] for key in same] == [in_two[key] for key in same]
 
 
 def test_a_stop_before_the_first_checkpoint_says_so(go, monkeypatch):
@@ -226,12 +223,8 @@ def test_the_routing_bias_moves_by_the_load_of_the_whole_batch(tmp_path, base, c
     values |= {"training.max_steps": 1, "training.gradient_accumulation_steps": 4, "training.learning_rate": 0.0}
     train.run(make_recipe(values))
     before, after = weights(base), weights(tmp_path / "run" / "model")
-    rows = [
-        row["input_ids"]
-        for row in train.load_data(
-            str(tmp_path / "rows.jsonl"), "train", AutoTokenizer.from_pretrained(base), 32, tmp_path / "cache"
-        )
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = train.load_data(str(tmp_path / "rows.jsonl"), "train", tokenizer, 32, tmp_path / "cache")
     model = DeepseekMoeForCausalLM.from_pretrained(base)
     routers = {f"model.layers.{i}.mlp.gate": model.get_submodule(f"model.layers.{i}.mlp.gate") for i in (1, 2)}
     counts = {name: torch.zeros(model.config.n_routed_experts) for name in routers}
@@ -241,7 +234,7 @@ def test_the_routing_bias_moves_by_the_load_of_the_whole_batch(tmp_path, base, c
             counts[name] += torch.bincount(output[2].flatten(), minlength=8)
 
         router.register_forward_hook(count)
-    for ids in rows:  # all 24 of them are one optimizer step: 4 batches of 6
+    for ids in rows["input_ids"]:  # all 24 of them are one optimizer step: 4 batches of 6
         model(torch.tensor([ids]))
     for name, count in counts.items():
         key = f"{name}.e_score_correction_bias"

@@ -1,4 +1,4 @@
-"""Training through transformers: Trainer, checkpointing, autocast, accumulation, losses, and what an optimizer may touch.
+"""Training through transformers: Trainer, checkpointing, autocast, accumulation, and what an optimizer may touch.
 
 Float32 throughout unless a test says otherwise. Gradients of one computation done in two orders are compared relative
 to their largest entry: 1e-6 where only the order of additions differs, 1e-5 where the kernel differs.
@@ -45,7 +45,12 @@ def trainer_of(model, ids: torch.Tensor, folder, **options) -> Trainer:
 def test_trainer_lowers_the_loss_and_its_output_loads_with_the_auto_class(lineage, tmp_path):
     model = training_model(lineage, aux_loss_alpha=0.001)
     ids = tiny_ids(model.config, batch=4, length=16)
-    options = {"max_steps": 15, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    options = {
+        "max_steps": 15,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
     trainer = trainer_of(model, ids, tmp_path, **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -72,6 +77,7 @@ def test_trainer_resumes_from_its_checkpoint_to_the_same_weights(lineage, tmp_pa
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient(lineage, reentrant):
@@ -82,8 +88,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(lineage, reentra
     for checkpointed in (False, True):
         model = training_model(lineage)
         if checkpointed:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-            assert model.is_activation_checkpointing
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         outputs = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         outputs.loss.backward()
         losses = [outputs.loss, outputs.aux_loss] + ([outputs.mtp_loss] if lineage == "v3" else [])
@@ -135,7 +140,7 @@ def test_autocast_gradients_follow_the_float32_ones(lineage):
 @pytest.mark.parametrize("seq_aux", [True, False], ids=["per sequence", "per batch"])
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_four_accumulated_calls_equal_one_call_on_the_batch(lineage, seq_aux):
-    """Sequences of equal length. Balance counted over the batch is another loss when the batch is cut, so it is off."""
+    """Sequences of equal length. Balance counted over the batch is another loss if the batch is cut, so it is off."""
     model = training_model(lineage, seq_aux=seq_aux, **({} if seq_aux or lineage == "v3" else {"aux_loss_alpha": 0.0}))
     ids = tiny_ids(model.config, batch=4, length=12)
     items = (ids.shape[1] - 1) * len(ids)
