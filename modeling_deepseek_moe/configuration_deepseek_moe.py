@@ -10,8 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .lineage import canonical_config_dict
-from .presets import PRESET_OF_ALIAS, PRESETS
-from .rope_spelling import join_rope_spellings, older_rope_spelling, with_overrides
+from .presets import PRESET_OF_SIBLING, PRESETS, released_json
+from .rope_spelling import join_rope_spellings, with_overrides
 
 _CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
@@ -168,13 +168,13 @@ class DeepseekMoeConfig(PreTrainedConfig):
             ValueError: no such preset; names the nearest and all choices.
         """
         key = name.rsplit("/", 1)[-1].lower()
-        key = PRESET_OF_ALIAS.get(key, key)
-        if key not in PRESETS:
-            known = [*PRESETS, *PRESET_OF_ALIAS]
+        fields = released_json(key)
+        if fields is None:
+            known = [*PRESETS, *PRESET_OF_SIBLING]
             nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"no preset is named {name!r}{hint} Choices: {', '.join(known)}")
-        config, unknown = cls.from_dict(PRESETS[key], return_unused_kwargs=True, **overrides)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+            raise ValueError(f"no preset is named {name!r}{hint} choices: {', '.join(known)}")
+        config, unknown = cls.from_dict(fields, return_unused_kwargs=True, **overrides)
         if unknown:
             raise ValueError(f"DeepseekMoeConfig has no field {', '.join(sorted(unknown))}")
         return config
@@ -200,11 +200,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except ValueError as error:
             raise ValueError(f"{error} (config.json of {pretrained_model_name_or_path})") from error
-
-    def to_dict(self) -> dict:
-        """Adds the older spelling of the rotary settings, which DeepSeek's own code and most servers read."""
-        output = super().to_dict()
-        return output | older_rope_spelling(self.rope_parameters or {})
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` routes to experts; the rule counts on into the MTP layers behind the main ones."""

@@ -113,34 +113,43 @@ PRESETS = {
     },
 }
 
+# Models of the same shape, and what their own json says differently.
 _SIBLINGS = {
-    "deepseek-moe-16b": ("deepseek-moe-16b-base", "deepseek-moe-16b-chat"),
-    "deepseek-v2-lite": (
-        "deepseek-v2-lite-chat",
-        "deepseek-coder-v2-lite-base",
-        "deepseek-coder-v2-lite-instruct",
-    ),
-    "deepseek-v2": (
-        "deepseek-v2-chat",
-        "deepseek-v2-chat-0628",
-        "deepseek-v2.5",
-        "deepseek-v2.5-1210",
-        "deepseek-coder-v2-base",
-        "deepseek-coder-v2-instruct",
-        "deepseek-coder-v2-instruct-0724",
-    ),
-    "deepseek-v3": (
-        "deepseek-v3-base",
-        "deepseek-v3-0324",
-        "deepseek-v3.1",
-        "deepseek-v3.1-base",
-        "deepseek-v3.1-terminus",
-        "deepseek-r1",
-        "deepseek-r1-zero",
-        "deepseek-r1-0528",
-    ),
-    "moonlight-16b-a3b": ("moonlight-16b-a3b-instruct",),
-    "kimi-k2": ("kimi-k2-base", "kimi-k2-instruct"),
+    "deepseek-moe-16b": {"deepseek-moe-16b-base": {}, "deepseek-moe-16b-chat": {}},
+    "deepseek-v2-lite": {
+        "deepseek-v2-lite-chat": {},
+        "deepseek-coder-v2-lite-base": {},
+        "deepseek-coder-v2-lite-instruct": {},
+    },
+    "deepseek-v2": {
+        "deepseek-v2-chat": {},
+        "deepseek-v2-chat-0628": {},
+        "deepseek-v2.5": {},
+        "deepseek-v2.5-1210": {},
+        "deepseek-coder-v2-base": {},
+        "deepseek-coder-v2-instruct": {},
+        "deepseek-coder-v2-instruct-0724": {},
+    },
+    "deepseek-v3": {
+        "deepseek-v3-base": {},
+        "deepseek-v3-0324": {},
+        "deepseek-v3.1": {},
+        "deepseek-v3.1-base": {},
+        "deepseek-v3.1-terminus": {},
+        "deepseek-r1": {"aux_loss_alpha": 0.001},
+        "deepseek-r1-zero": {"aux_loss_alpha": 0.001},
+        "deepseek-r1-0528": {"aux_loss_alpha": 0.001},
+    },
+    "moonlight-16b-a3b": {"moonlight-16b-a3b-instruct": {"eos_token_id": 163586}},
+    "kimi-k2": {"kimi-k2-base": {}, "kimi-k2-instruct": {}},
 }
 
-PRESET_OF_ALIAS = {alias: name for name, aliases in _SIBLINGS.items() for alias in aliases}
+PRESET_OF_SIBLING = {sibling: preset for preset, siblings in _SIBLINGS.items() for sibling in siblings}
+
+
+def released_json(name: str) -> dict | None:
+    """What the json of the released model `name`, a preset or a sibling of one, says; None for any other name."""
+    preset = PRESET_OF_SIBLING.get(name, name)
+    if preset not in PRESETS:
+        return None
+    return PRESETS[preset] | _SIBLINGS[preset].get(name, {})

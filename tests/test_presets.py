@@ -5,7 +5,7 @@ import torch
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import is_mtp_tensor, parameter_counts
-from modeling_deepseek_moe.presets import PRESET_OF_ALIAS, PRESETS
+from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS
 
 # FACTS 7.3: total without MTP, and active with embedding and head.
 RELEASED_COUNTS = {
@@ -28,11 +28,17 @@ def test_parameter_counts_of_the_released_models_are_exact(preset):
     assert parameter_counts(config) == RELEASED_COUNTS[preset]
 
 
-@pytest.mark.parametrize("alias", PRESET_OF_ALIAS)
-def test_every_alias_has_the_shapes_of_its_preset(alias):
+@pytest.mark.parametrize("name", PRESET_OF_SIBLING)
+def test_every_sibling_has_the_shapes_of_its_preset(name):
     shapes = ("num_hidden_layers", "hidden_size", "n_routed_experts", "moe_intermediate_size", "num_attention_heads")
-    sibling, model = DeepseekMoeConfig.preset(alias), DeepseekMoeConfig.preset(PRESET_OF_ALIAS[alias])
-    assert [getattr(sibling, name) for name in shapes] == [getattr(model, name) for name in shapes]
+    sibling, model = DeepseekMoeConfig.preset(name), DeepseekMoeConfig.preset(PRESET_OF_SIBLING[name])
+    assert [getattr(sibling, field) for field in shapes] == [getattr(model, field) for field in shapes]
+
+
+def test_what_a_sibling_says_differently_is_kept():
+    assert DeepseekMoeConfig.preset("deepseek-r1").aux_loss_alpha == 0.001
+    assert DeepseekMoeConfig.preset("deepseek-v3").aux_loss_alpha == 0.0001
+    assert DeepseekMoeConfig.preset("moonlight-16b-a3b-instruct").eos_token_id == 163586
 
 
 def test_a_preset_accepts_a_hub_name_and_overrides():
