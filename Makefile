@@ -1,5 +1,6 @@
 # Every target sets up .venv first; once that is done it costs nothing.
 PYTHON ?= python3
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
 BIN := .venv/bin
 READY := .venv/.ready
 UNFINISHED := .venv/.unfinished
@@ -20,10 +21,10 @@ demo: $(READY)
 	@$(BIN)/deepseek-moe demo $(ARGS)
 
 test: $(READY)
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(READY)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(WORKERS) $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -43,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@echo "Setting up .venv: once, a few minutes"
 	@touch $(UNFINISHED)
-	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,dev]"
+	@$(BIN)/python -m pip install --quiet --no-compile "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[finetune,dev]"
 	@rm $(UNFINISHED)
 	@touch $(READY)

@@ -170,7 +170,8 @@ def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, An
     log = {"tokens": rows * data["length"], "parameters": model.num_parameters(), "history": history}
     if not trainer.is_world_process_zero():
         return log
-    model.config.mtp_loss_weight = 0.0  # as in released checkpoints: who goes on with these losses says so
+    model.config.use_cache = True  # the Trainer turned it off
+    model.config.mtp_loss_weight = 0.0  # as in released checkpoints: who trains the module further says so
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     write_text(output / "training_log.json", json.dumps(log, indent=1) + "\n")

@@ -18,7 +18,7 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         # Writing into a shared buffer would break the graph of an earlier step, and cannot be traced well.
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

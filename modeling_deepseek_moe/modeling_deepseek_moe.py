@@ -135,17 +135,22 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_key_values = use_growing_layers(past_key_values)
+        starts_cache = use_cache and past_key_values is None
+        past_key_values = use_growing_layers(DynamicCache(config=self.config) if starts_cache else past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
-        layer_arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values)
+        # transformers looks for packed sequences only where there is no cache; a new one changes nothing else.
+        masked_cache = None if starts_cache else past_key_values
+        layer_arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, masked_cache)
         hidden_states, balance_losses = inputs_embeds, []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, balance_loss = layer(hidden_states, use_cache=use_cache, **layer_arguments, **kwargs)
+            output = layer(
+                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **layer_arguments, **kwargs
+            )
+            # A layer that another pipeline stage holds is replaced by an identity.
+            hidden_states, balance_loss = output if isinstance(output, tuple) else (output, None)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
         return DeepseekMoeModelOutput(
@@ -155,7 +160,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         )
 
     def layer_arguments(self, inputs_embeds, attention_mask, position_ids, past_key_values=None) -> dict:
-        """What every layer of a forward pass shares: positions, mask, cache, and the padding mask of the losses."""
+        """What every layer of a forward pass shares: positions, mask, and the padding mask of the losses."""
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -168,7 +173,6 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "attention_mask": causal_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "padding_mask": attention_mask[:, -inputs_embeds.shape[1] :] if is_padding_mask else None,
         }
 
@@ -247,23 +251,32 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         """
         if position_ids is None:
             position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
-        losses, balance_losses = [], []
-        for ahead, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+        modules = self.model.layers[self.config.num_hidden_layers :]
+        losses, balance_losses = [hidden_states.new_zeros((), dtype=torch.float32)], []
+        for ahead, layer in enumerate(modules, start=1):
             kept = labels.shape[1] - ahead
+            if kept < 2:
+                break
+            # Packed: the token ahead + 1 places on, if it is of another sequence, is no target.
+            targets = labels[:, ahead + 1 :].masked_fill(
+                position_ids[:, ahead + 1 :] - position_ids[:, : kept - 1] != ahead + 1, -100
+            )
+            items = kwargs.get("num_items_in_batch")
             hidden_states, ahead_embeds = hidden_states[:, :kept], inputs_embeds[:, ahead:]
             mask = attention_mask[:, :kept] if attention_mask is not None and attention_mask.dim() == 2 else None
             arguments = self.model.layer_arguments(hidden_states, mask, position_ids[:, :kept])
             hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
             losses.append(
                 self.loss_function(
-                    logits=self.lm_head(hidden_states),
-                    labels=labels[:, ahead:],
+                    logits=self.lm_head(hidden_states[:, :-1]),
+                    labels=None,
+                    shift_labels=targets,
                     vocab_size=self.config.vocab_size,
-                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                    num_items_in_batch=(targets != -100).sum().clamp_min(1) if items is None else items,
                 )
             )
             balance_losses += [] if balance_loss is None else [balance_loss]
-        return torch.stack(losses).mean(), _sum(balance_losses)
+        return torch.stack(losses).sum() / len(modules), _sum(balance_losses)
 
     @staticmethod
     def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:

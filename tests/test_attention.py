@@ -134,12 +134,13 @@ def test_without_a_mask_flash_aligns_the_last_query_and_sdpa_the_first():
     assert mask.tolist() == [[[[False, True, True, True, False], [False, True, True, True, True]]]]
 
 
+@pytest.mark.parametrize("use_cache", [None, False], ids=["cache by default", "no cache"])
 @torch.no_grad()
-def test_packed_sequences_do_not_see_each_other():
+def test_packed_sequences_do_not_see_each_other(use_cache):
     model = make_model()
     first, second = torch.randint(0, 67, (1, 6)), torch.randint(0, 67, (1, 7))
     position_ids = torch.cat((torch.arange(6), torch.arange(7))).unsqueeze(0)
-    packed = model(torch.cat((first, second), dim=1), position_ids=position_ids, use_cache=False).logits
+    packed = model(torch.cat((first, second), dim=1), position_ids=position_ids, use_cache=use_cache).logits
     alone = torch.cat((model(first).logits, model(second).logits), dim=1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
