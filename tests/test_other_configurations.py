@@ -93,6 +93,16 @@ def case(request, tmp_path):
     return config, load_file(tmp_path / "model.safetensors"), DeepseekMoeForCausalLM.from_pretrained(tmp_path)
 
 
+def decode_in_pieces(model, input_ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits of all positions, the prompt fed through a cache in pieces of these sizes."""
+    cache, pieces = None, []
+    for piece in input_ids.split(sizes, dim=1):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    return torch.cat(pieces, dim=1)
+
+
 @torch.no_grad()
 def test_logits_equal_the_reference_in_one_pass_and_token_by_token(case, monkeypatch):
     config, tensors, model = case
@@ -102,12 +112,8 @@ def test_logits_equal_the_reference_in_one_pass_and_token_by_token(case, monkeyp
     torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=2e-5)
     for absorbed in (True, False):
         monkeypatch.setattr(attention, "absorbed_is_cheaper", lambda *_, absorbed=absorbed: absorbed)
-        cache, pieces = None, []
-        for piece in input_ids.split([6, 1, 4, 1, 2], dim=1):
-            outputs = model(piece, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
-            pieces.append(outputs.logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=2e-5)
+        actual = decode_in_pieces(model, input_ids, [6, 1, 4, 1, 2])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -119,9 +125,5 @@ def test_a_sequence_far_beyond_the_original_window_equals_the_reference():
     # A single dense layer has no experts to unstack: the model's names are the checkpoint's.
     expected = reference_logits(config, model.state_dict(), input_ids).float()
     torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=2e-5)
-    cache, pieces = None, []
-    for piece in input_ids.split([150, 1, 1, 47, 1], dim=1):
-        outputs = model(piece, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
-        pieces.append(outputs.logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=2e-5)
+    actual = decode_in_pieces(model, input_ids, [150, 1, 1, 47, 1])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
