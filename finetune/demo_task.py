@@ -21,7 +21,6 @@ import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 
 from .demo_corpus import DEMO_TASK, as_prompt
 
-WORD_LENGTHS = {"min_word_len": 3, "max_word_len": 8}
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 HELD_OUT_ITEMS = 256
 LONGEST_ANSWER = 16  # tokens
@@ -44,7 +43,7 @@ class Scores(NamedTuple):
 
 @functools.cache
 def _dataset(seed: int) -> Any:
-    return reasoning_gym.create_dataset(DEMO_TASK, size=10**9, seed=seed, **WORD_LENGTHS)
+    return reasoning_gym.create_dataset(DEMO_TASK, size=10**9, seed=seed)
 
 
 def split_items(train: int = 0, held_out: int = HELD_OUT_ITEMS) -> Split:

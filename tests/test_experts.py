@@ -84,3 +84,20 @@ def test_a_state_dict_that_lacks_an_expert_is_refused(tmp_path):
     }
     with pytest.raises(RuntimeError, match="Missing key"):
         experts.load_state_dict(per_expert)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_t24_bfloat16_experts_are_combined_in_float32_and_rounded_once(implementation):
+    torch.manual_seed(2)
+    hidden_states, weights = torch.randn(256, 32).bfloat16(), torch.rand(256, 2)
+    index = torch.stack([torch.randperm(6)[:2] for _ in range(256)])
+    half = make_experts(implementation).bfloat16()
+    actual = half(hidden_states, index, weights)
+    exact = half.float()(hidden_states.float(), index, weights)
+    assert actual.dtype == torch.bfloat16
+    # bfloat16 rounds to 2^-9 of a value: three roundings in a row (gate and up, product, output) stay within 2^-7.
+    assert (actual.float() - exact).norm() <= 2**-7 * exact.norm()
+    singles = [half.bfloat16()(hidden_states, index[:, [slot]], weights[:, [slot]]) for slot in (0, 1)]
+    combined = (singles[0].float() + singles[1].float() - exact).norm()
+    assert (actual.float() - exact).norm() <= 1.02 * combined
