@@ -44,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@echo "Setting up .venv: once, a few minutes"
 	@touch $(UNFINISHED)
-	@$(BIN)/python -m pip install --quiet --no-compile "$$(grep '^torch==' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[finetune,dev]"
+	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,dev]"
 	@rm $(UNFINISHED)
 	@touch $(READY)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.balancing import expert_load
 from modeling_deepseek_moe.finetune import demo_base, demo_corpus, demo_task
 from modeling_deepseek_moe.finetune.demo import base_folder, run_demo
+from modeling_deepseek_moe.finetune.recipe import RecipeError
 
 MEGABYTE = 10**6
 
@@ -140,11 +142,17 @@ def test_a_constant_answer_scores_little_and_the_base_no_more(model, tokenizer):
     assert demo_task.ask(model, tokenizer, split.held_out[:64]).mean < 0.2
 
 
+@pytest.mark.slow
 def test_pretraining_starts_again_from_its_last_checkpoint(tmp_path):
     recipe = demo_base.read_recipe()
     recipe["model"] |= {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 2}
     recipe["data"] |= {"tokenizer_documents": 200, "batch_size": 2, "length": 32, "validation_rows": 2}
-    recipe["training"] |= {"max_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 0}, "warmup_steps": 0, "disable_tqdm": True}
+    recipe["training"] |= {
+        "max_steps": 2,
+        "lr_scheduler_kwargs": {"num_decay_steps": 0},
+        "warmup_steps": 0,
+        "disable_tqdm": True,
+    }
     recipe["training"] |= {"logging_steps": 1, "eval_steps": 1, "save_steps": 1}
     demo_base.pretrain(tmp_path, recipe)
     recipe["training"] |= {"max_steps": 3}
@@ -152,6 +160,13 @@ def test_pretraining_starts_again_from_its_last_checkpoint(tmp_path):
     assert [row["step"] for row in log["history"] if "loss" in row] == [1, 2, 3]
     assert (tmp_path / "loss.png").is_file()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_nextn_predict_layers == 1
+
+
+def test_a_real_hub_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_deepseek_moe.finetune.demo.get_token", lambda: None)
+    with pytest.raises(RecipeError, match="no token to write to 'me/model': run `hf auth login`"):
+        run_demo(tmp_path / "demo", hub_id="me/model")
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow
@@ -162,5 +177,5 @@ def test_the_demo_learns_its_task_and_the_model_survives_merging_saving_and_the_
     assert result["after"]["score"] > result["baseline"]["score"] + 0.3
     assert result["reloaded"] == result["after"] == result["pulled"]
     assert result["seconds"] < 300
-    for key in ("adapter", "model", "loss_curve"):
-        assert (tmp_path / "demo" / "run") in [*(tmp_path / result[key]).parents]
+    for key in ("adapter", "model", "loss_curve", "hub"):
+        assert (tmp_path / "demo") in Path(result[key]).parents and Path(result[key]).exists()
