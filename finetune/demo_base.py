@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import json
-import os
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -147,16 +146,12 @@ def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, An
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         report_to=[],
-        per_device_train_batch_size=data["batch_size"] // int(os.environ.get("WORLD_SIZE", "1")),
         **recipe["training"],
     )
+    arguments.per_device_train_batch_size = data["batch_size"] // arguments.world_size
     rows = arguments.max_steps * data["batch_size"]
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    if checkpoint:
-        # The Trainer alone does not stack the per-expert tensors of a checkpoint.
-        model = DeepseekMoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    else:
-        model = DeepseekMoeForCausalLM(_config(recipe["model"], tokenizer))
+    model = DeepseekMoeForCausalLM(_config(recipe["model"], tokenizer))
     packed = functools.partial(PackedRows, tokenizer, data["length"], task_share=data["task_share"])
     trainer = Trainer(
         model=model,

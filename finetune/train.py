@@ -4,12 +4,13 @@ import importlib.util
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -166,7 +167,10 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | Pe
     if not recipe.lora:
         return model
     try:
-        return get_peft_model(model, lora_config(model, **recipe.lora))
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for it by the name that transformers 5.23 calls deprecated.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(model, lora_config(model, **recipe.lora))
     except ValueError as error:
         raise RecipeError(f"`lora.*`: {_first_line(error)}") from error
 
@@ -200,6 +204,8 @@ def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
 def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
     """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    # Training runs without a cache, and the Trainer says so in the config; whoever loads the result wants one.
+    model.config.use_cache = True
     saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
     if isinstance(model, PeftModel):
         with aside(folder / "adapter") as path:
@@ -222,7 +228,7 @@ def make_repo(
     """Make sure that the Hub repository exists and that we may write to it, before hours of training."""
     try:
         HfApi(endpoint=endpoint, token=token).create_repo(repo_id, private=private, exist_ok=True)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         raise RecipeError(
             f"cannot write to {repo_id!r} on the Hub: {_first_line(error)} (to log in: `hf auth login`)"
         ) from error
@@ -233,7 +239,7 @@ def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | b
     api = HfApi(endpoint=endpoint, token=token)
     try:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Fine-tuned with deepseek-moe")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"upload to {repo_id!r} failed: {_first_line(error)}; {folder} is complete, and the same command tries "
             "the upload again"
@@ -244,6 +250,8 @@ def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | b
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """The closing table."""
     table = Table(title=f"Fine-tuned {summary['model']}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     share = summary["trainable_parameters"] / summary["parameters"]
     lines = {
         "trained": f"{', '.join(summary['lora']) or 'all weights'}: {summary['trainable_parameters']:,} parameters "

@@ -153,6 +153,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
+        self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -207,8 +208,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             return False
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel style of each module this configuration has (rules that match nothing are warned about)."""
         plan = {f"layers.*.self_attn.{name}": "colwise" for name in self._column_parallel_attention()}
         if self.kv_lora_rank is not None:
