@@ -29,6 +29,7 @@ import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 from . import demo_task, train
 from .demo_task import Scores
 from .local_hub import LocalHub
+from .lora import known_warnings
 from .recipe import RecipeError, load_recipe
 
 TRAIN_ITEMS = 9_900  # one epoch of the recipe's 300 steps, after the held-out share
@@ -80,7 +81,8 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
         )
         run = train.run(recipe)
 
-        adapted = PeftModel.from_pretrained(model, run["saved_adapter"])
+        with known_warnings():
+            adapted = PeftModel.from_pretrained(model, run["saved_adapter"])
         scores["after"] = demo_task.ask(adapted, tokenizer, items.held_out)
         logits = demo_task.first_logits(adapted, tokenizer, items.held_out)
         merged = AutoModelForCausalLM.from_pretrained(run["saved_model"], dtype="auto")

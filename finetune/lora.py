@@ -13,9 +13,11 @@ Linear modules become PEFT `target_modules`, stacked and bare weights `target_pa
 chosen layers. Layers behind `num_hidden_layers` (multi-token prediction) are chosen only if a loss trains them.
 """
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ _TASKS = {
 }
 
 WORDS = (*_MODULES, *_PARAMETERS)
+
+
+@contextlib.contextmanager
+def known_warnings() -> Iterator[None]:
+    """Keeps PEFT 0.21 quiet about reading a flag by the name that transformers 5.23 calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

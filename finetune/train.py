@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
 from .callbacks import BalanceExperts, MarkCheckpoints
 from .data import collator, load_data
-from .lora import lora_config
+from .lora import known_warnings, lora_config
 from .plots import loss_curve
 from .recipe import Recipe, RecipeError
 from .run_folder import aside, last_checkpoint, open_run, write_text
@@ -167,9 +166,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | Pe
     if not recipe.lora:
         return model
     try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks for it by the name that transformers 5.23 calls deprecated.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with known_warnings():
             return get_peft_model(model, lora_config(model, **recipe.lora))
     except ValueError as error:
         raise RecipeError(f"`lora.*`: {_first_line(error)}") from error
