@@ -29,8 +29,8 @@ _OURS = re.compile(
 _MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge"}
 
 
-def open_run(recipe: Recipe) -> Path:
-    """The run's folder, new or of the same recipe; half-written checkpoints and results in it are removed.
+def open_run(recipe: Recipe) -> tuple[Path, bool]:
+    """The run's folder, and whether the run is new; half-written checkpoints and results in it are removed.
 
     Raises:
         RecipeError: the folder holds something else, and `overwrite` does not allow to empty it of another run.
@@ -39,7 +39,8 @@ def open_run(recipe: Recipe) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"`output_dir` {folder} is a file: give a folder")
     marks = {key: _digest(source) for key in ("data", "eval_data") if (source := getattr(recipe, key))}
-    if (folder / _RECIPE).is_file():
+    is_new = not (folder / _RECIPE).is_file()
+    if not is_new:
         if differs := _difference(folder, recipe, marks):
             if not recipe.overwrite:
                 raise RecipeError(
@@ -54,7 +55,14 @@ def open_run(recipe: Recipe) -> Path:
     write_text(folder / _RECIPE, dump_recipe(recipe))
     _remove(folder.glob("*.aside"))
     _remove(path for path in _checkpoints(folder) if not (path / _COMPLETE).is_file())
-    return folder
+    return folder, is_new
+
+
+def forget_run(folder: Path) -> None:
+    """Takes a run that could not begin back out of its folder, and the folder away if nothing else is in it."""
+    _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

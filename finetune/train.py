@@ -30,7 +30,7 @@ from .data import collator, load_data
 from .lora import known_warnings, lora_config
 from .plots import loss_curve
 from .recipe import Recipe, RecipeError
-from .run_folder import aside, last_checkpoint, open_run, write_text
+from .run_folder import aside, forget_run, last_checkpoint, open_run, write_text
 
 _DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
 
@@ -49,27 +49,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
     arguments = training_arguments(recipe)
     with arguments.main_process_first(local=False):
-        folder = open_run(recipe)
-    if recipe.hub_id and arguments.process_index == 0:
-        make_repo(recipe.hub_id, recipe.hub_private)
-    set_seed(recipe.seed)
-    model, tokenizer = load(recipe)
-    model = add_adapters(model, recipe)
-    with arguments.main_process_first():
-        train_data, eval_data = rows(recipe, tokenizer, folder)
+        folder, is_new = open_run(recipe)
     try:
-        callbacks = [BalanceExperts(model, recipe.bias_update_speed)] if recipe.bias_update_speed else []
-        trainer = FineTuner(
-            model=model,
-            args=arguments,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=collator(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[MarkCheckpoints(), *callbacks],
-        )
-    except ValueError as error:
-        raise RecipeError(f"these settings do not go together: {_first_line(error)}") from error
+        trainer = prepare(recipe, arguments, folder)
+    except BaseException:
+        if is_new and arguments.process_index == 0:
+            forget_run(folder)
+        raise
+    model, tokenizer = trainer.model, trainer.processing_class
+    train_data, eval_data = trainer.train_dataset, trainer.eval_dataset
 
     started = time.monotonic()
     checkpoint = last_checkpoint(folder)
@@ -108,6 +96,30 @@ def run(recipe: Recipe) -> dict[str, Any]:
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print_summary(summary, folder)
     return summary
+
+
+def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "FineTuner":
+    """Model, adapters and rows as the recipe says, ready to train."""
+    if recipe.hub_id and arguments.process_index == 0:
+        make_repo(recipe.hub_id, recipe.hub_private)
+    set_seed(recipe.seed)
+    model, tokenizer = load(recipe)
+    model = add_adapters(model, recipe)
+    with arguments.main_process_first():
+        train_data, eval_data = rows(recipe, tokenizer, folder)
+    try:
+        callbacks = [BalanceExperts(model, recipe.bias_update_speed)] if recipe.bias_update_speed else []
+        return FineTuner(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[MarkCheckpoints(), *callbacks],
+        )
+    except ValueError as error:
+        raise RecipeError(f"these settings do not go together: {_first_line(error)}") from error
 
 
 class FineTuner(Trainer):
