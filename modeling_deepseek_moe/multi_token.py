@@ -29,6 +29,12 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekMoeSharedHead(config)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A saved checkpoint's copies of what is shared here, where a Trainer loads it with `load_state_dict`.
+        for copied in ("embed_tokens.weight", "shared_head.head.weight"):
+            state_dict.pop(f"{prefix}{copied}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

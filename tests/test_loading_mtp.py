@@ -100,3 +100,12 @@ def test_mtp_modules_that_no_loss_trains_are_frozen(v3_folder):
     trained = DeepseekMoeForCausalLM.from_pretrained(v3_folder, mtp_loss_weight=0.3)
     assert not any(parameter.requires_grad for parameter in frozen.model.layers[3].parameters())
     assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_load_state_dict_takes_a_saved_checkpoint_with_its_mtp_copies(tmp_path):
+    config = v3_config(num_nextn_predict_layers=1)
+    saved, other = tiny_model(config, seed=0), tiny_model(config, seed=1)
+    saved.save_pretrained(tmp_path)
+    result = other.load_state_dict(tensors_of(tmp_path), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in saved.state_dict().items())
