@@ -118,6 +118,7 @@ _SIBLINGS = {
     "deepseek-moe-16b": {"deepseek-moe-16b-base": {}, "deepseek-moe-16b-chat": {}},
     "deepseek-v2-lite": {
         "deepseek-v2-lite-chat": {},
+        "deepseek-coder-v2-lite": {},
         "deepseek-coder-v2-lite-base": {},
         "deepseek-coder-v2-lite-instruct": {},
     },
@@ -126,6 +127,7 @@ _SIBLINGS = {
         "deepseek-v2-chat-0628": {},
         "deepseek-v2.5": {},
         "deepseek-v2.5-1210": {},
+        "deepseek-coder-v2": {},
         "deepseek-coder-v2-base": {},
         "deepseek-coder-v2-instruct": {},
         "deepseek-coder-v2-instruct-0724": {},
