@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from .recipe import RecipeError
+from .run_folder import file_digest
 
 IGNORED = -100
 _MARK = "\ue000"  # of Unicode's private use area: in no text
@@ -51,7 +52,7 @@ def load_data(
     """
     path = Path(source)
     if path.is_file():
-        rows, mark = _jsonl_rows(path), _file_digest(path)
+        rows, mark = _jsonl_rows(path), file_digest(path)
     elif path.exists() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
         reason = "is a folder, not a JSONL file" if path.is_dir() else "does not exist"
         raise RecipeError(f"data {source!r} {reason}: give the path of a JSONL file or the Hub name of a data set")
@@ -215,11 +216,3 @@ def _hub_rows(name: str, split: str) -> tuple[Iterator[tuple[str, Any]], str]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise RecipeError(f"cannot load data {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error
     return ((f"{name}, row {number}", row) for number, row in enumerate(data)), data._fingerprint
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -29,7 +29,6 @@ def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: floa
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     with aside(path) as picture:

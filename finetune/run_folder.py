@@ -113,10 +113,13 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
 
 def _digest(source: str) -> str:
     """SHA-256 of a local file's bytes, empty for a Hub name."""
+    return file_digest(Path(source)) if Path(source).is_file() else ""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    if not Path(source).is_file():
-        return ""
-    with Path(source).open("rb") as file:
+    with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from .checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
@@ -99,7 +99,8 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
     for name, (shape, _) in expected_tensors(config).items():
         name = _base_name(name)
         if not is_redundant(name) and (with_head or name != "lm_head.weight"):
-            wanted |= dict(_stacked(name, shape, config)) if stacked else {name: shape}
+            name, shape = _stacked(name, shape, config) if stacked else (name, shape)
+            wanted[name] = shape
     has_mtp = any(is_mtp_tensor(name, config) and not is_redundant(name) for name in found)
     if not has_mtp:
         wanted = {name: shape for name, shape in wanted.items() if not is_mtp_tensor(name, config)}
@@ -121,15 +122,15 @@ def _base_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _stacked(name: str, shape: tuple[int, ...], config) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _stacked(name: str, shape: tuple[int, ...], config) -> tuple[str, tuple[int, ...]]:
     """The in-memory tensor a per-expert tensor is part of; other tensors as they are."""
     before, separator, after = name.partition(".mlp.experts.")
     if not separator:
-        return [(name, shape)]
+        return name, shape
     experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     if after.endswith("down_proj.weight"):
-        return [(f"{before}.mlp.experts.down_proj", (experts, hidden, width))]
-    return [(f"{before}.mlp.experts.gate_up_proj", (experts, 2 * width, hidden))]
+        return f"{before}.mlp.experts.down_proj", (experts, hidden, width)
+    return f"{before}.mlp.experts.gate_up_proj", (experts, 2 * width, hidden)
 
 
 def _listed(names: list[str]) -> str:

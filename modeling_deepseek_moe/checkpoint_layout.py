@@ -5,6 +5,7 @@ the last (FACTS 8.1). In memory the experts of a layer are stacked. transformers
 `EXPERT_STACKING` while loading and reverses them while saving, bit for bit.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -26,8 +27,10 @@ EXPERT_STACKING = [
 
 register_checkpoint_conversion_mapping("deepseek_moe", EXPERT_STACKING, overwrite=True)
 
-# Copies of the main model's embedding and head inside each MTP module, and rotary tables of older exports.
-REDUNDANT_TENSORS = [r"layers\.\d+\.embed_tokens\.weight", r"layers\.\d+\.shared_head\.head\.weight", r"inv_freq"]
+# What each MTP module of a checkpoint repeats, and the main model's tensor that it is a copy of.
+MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+# Those, and rotary tables of older exports.
+REDUNDANT_TENSORS = [*(rf"layers\.\d+\.{re.escape(name)}$" for name in MTP_COPIES), r"inv_freq$"]
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
@@ -82,9 +85,7 @@ def is_mtp_tensor(name: str, config) -> bool:
 
 def is_redundant(name: str) -> bool:
     """Whether a checkpoint may carry or lack this tensor freely."""
-    return name.endswith(("inv_freq", ".shared_head.head.weight")) or (
-        name.endswith(".embed_tokens.weight") and ".layers." in "." + name
-    )
+    return any(re.search(pattern, name) for pattern in REDUNDANT_TENSORS)
 
 
 def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -109,8 +110,7 @@ def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "hnorm.weight", (hidden,)
         yield "eh_proj.weight", (hidden, 2 * hidden)
         yield "shared_head.norm.weight", (hidden,)
-        yield "embed_tokens.weight", (config.vocab_size, hidden)
-        yield "shared_head.head.weight", (config.vocab_size, hidden)
+        yield from ((name, (config.vocab_size, hidden)) for name in MTP_COPIES)
 
 
 def _mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint_files import CheckpointError, check_folder, check_tensors, read_header
-from .checkpoint_layout import REDUNDANT_TENSORS, is_mtp_tensor
+from .checkpoint_layout import MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor
 
 logger = logging.get_logger(__name__)
 
@@ -119,10 +119,10 @@ def warn_of_other_copies(file_of: dict[str, str], config, source: str) -> None:
             return file.get_tensor(name)
 
     for name in file_of:
-        if not is_mtp_tensor(name, config) or not name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+        shared = next((MTP_COPIES[copy] for copy in MTP_COPIES if name.endswith(f".{copy}")), None)
+        if not is_mtp_tensor(name, config) or shared not in file_of:
             continue
-        shared = "model.embed_tokens.weight" if name.endswith("embed_tokens.weight") else "lm_head.weight"
-        if shared in file_of and not torch.equal(read(name), read(shared)):
+        if not torch.equal(read(name), read(shared)):
             logger.warning(f"{source}: {name} differs from {shared}; the latter is used, and saved, for both")
 
 
@@ -151,7 +151,7 @@ def with_mtp_copies(model, state_dict: dict) -> dict:
     head = state_dict.get("lm_head.weight", embedding if model.config.tie_word_embeddings else None)
     first = model.config.num_hidden_layers
     for layer in range(first, first + model.config.num_nextn_predict_layers):
-        for name, tensor in (("embed_tokens.weight", embedding), ("shared_head.head.weight", head)):
+        for name, tensor in zip(MTP_COPIES, (embedding, head), strict=True):
             # Offloaded weights have no values here; readers then share the main model's, as this package does.
             if tensor is not None and not tensor.is_meta:
                 state_dict[f"{prefix}layers.{layer}.{name}"] = tensor.clone()

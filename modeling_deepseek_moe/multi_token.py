@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .attention import DeepseekMoeRMSNorm
+from .checkpoint_layout import MTP_COPIES
 from .decoder_layer import DeepseekMoeDecoderLayer
 
 
@@ -31,8 +32,8 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # A saved checkpoint's copies of what is shared here, where a Trainer loads it with `load_state_dict`.
-        for copied in ("embed_tokens.weight", "shared_head.head.weight"):
-            state_dict.pop(f"{prefix}{copied}", None)
+        for name in MTP_COPIES:
+            state_dict.pop(f"{prefix}{name}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(

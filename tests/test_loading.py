@@ -37,19 +37,6 @@ GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "fixtures" / "g
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
-@pytest.fixture(scope="module")
-def v3_tensors(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The tensors of a V3-style checkpoint with one MTP module."""
-    folder = tmp_path_factory.mktemp("v3")
-    tiny_model(v3_config()).save_pretrained(folder)
-    return tensors_of(folder)
-
-
-@pytest.fixture
-def v3_folder(v3_tensors, tmp_path) -> Path:
-    return written(tmp_path / "v3", JSON_OF_LINEAGE["v3"], v3_tensors)
-
-
 def logits_of(model, seed: int = 0) -> torch.Tensor:
     with torch.no_grad():
         return model(tiny_ids(model.config, seed=seed)).logits

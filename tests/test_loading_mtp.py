@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +9,6 @@ from checkpoint_folders import assert_bit_equal, tensors_of, written
 from tiny import JSON_OF_LINEAGE, tiny_model, v3_config
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
-
-
-@pytest.fixture(scope="module")
-def v3_tensors(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The tensors of a V3-style checkpoint with one MTP module."""
-    folder = tmp_path_factory.mktemp("v3")
-    tiny_model(v3_config()).save_pretrained(folder)
-    return tensors_of(folder)
-
-
-@pytest.fixture
-def v3_folder(v3_tensors, tmp_path) -> Path:
-    return written(tmp_path / "v3", JSON_OF_LINEAGE["v3"], v3_tensors)
 
 
 @pytest.mark.parametrize("modules", [1, 2])
