@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
-from modeling_deepseek_moe.balancing import max_violation
 from modeling_deepseek_moe.finetune.callbacks import BalanceExperts
 from modeling_deepseek_moe.finetune.data import IGNORED
 from modeling_deepseek_moe.finetune.demo_corpus import ASSISTANT, USER, documents
 from modeling_deepseek_moe.finetune.run_folder import write_text
+from modeling_deepseek_moe.finetune.watch_experts import watch_experts
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, USER, ASSISTANT]
@@ -110,28 +110,11 @@ class PackedRows(Dataset):
         return {"input_ids": torch.tensor(tokens[: self.length]), "labels": torch.tensor(labels[: self.length])}
 
 
-class BalanceAndMeasure(BalanceExperts):
-    """Also logs `max_violation`, the mean MaxVio of all layers and steps since the last log; 0 is perfect balance."""
-
-    def __init__(self, model: nn.Module, speed: float):
-        super().__init__(model, speed)
-        self.violations: list[torch.Tensor] = []
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.on_substep_end(args, state, control)
-        self.violations.append(max_violation(torch.stack(list(self._counts.values()))).mean())
-        super().on_step_end(args, state, control)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.violations:
-            state.log_history[-1]["max_violation"] = float(torch.stack(self.violations).mean())
-            self.violations.clear()
-
-
-def read_recipe() -> dict[str, Any]:
-    """The numbers of the pretraining run: `recipes/pretrain_demo.yaml`."""
-    recipe = resources.files("modeling_deepseek_moe.finetune") / "recipes" / "pretrain_demo.yaml"
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))
+def read_recipe(balance: str | None = None) -> dict[str, Any]:
+    """The numbers of the pretraining run, `recipes/pretrain_demo.yaml`, with another of its ways to balance if named."""
+    path = resources.files("modeling_deepseek_moe.finetune") / "recipes" / "pretrain_demo.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return recipe | {"balance": balance or recipe["balance"]}
 
 
 def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -151,18 +134,27 @@ def pretrain(output: Path, recipe: dict[str, Any] | None = None) -> dict[str, An
     arguments.per_device_train_batch_size = data["batch_size"] // arguments.world_size
     rows = arguments.max_steps * data["batch_size"]
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    model = DeepseekMoeForCausalLM(_config(recipe["model"], tokenizer))
+    balance = dict(recipe["balances"][recipe["balance"]])
+    speed = balance.pop("bias_update_speed")
+    model = DeepseekMoeForCausalLM(_config(recipe["model"] | balance, tokenizer))
     packed = functools.partial(PackedRows, tokenizer, data["length"], task_share=data["task_share"])
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=packed(rows=rows, held_out=False),
         eval_dataset=packed(rows=data["validation_rows"], held_out=True),
-        callbacks=[BalanceAndMeasure(model, recipe["bias_update_speed"])],
+        callbacks=[BalanceExperts(model, speed)] if speed else [],
     )
+    watch_experts(trainer, output)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
-    log = {"tokens": rows * data["length"], "parameters": model.num_parameters(), "history": history}
+    log = {
+        "balance": recipe["balance"],
+        "seed": seed,
+        "tokens": rows * data["length"],
+        "parameters": model.num_parameters(),
+        "history": history,
+    }
     if not trainer.is_world_process_zero():
         return log
     model.config.use_cache = True  # the Trainer turned it off
@@ -205,7 +197,9 @@ def main() -> None:
     """Command line of `python -m modeling_deepseek_moe.finetune.demo_base`."""
     parser = argparse.ArgumentParser(description="Pretrain the demo's base model from random weights.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its log and its checkpoints")
-    log = pretrain(parser.parse_args().output)
+    parser.add_argument("--balance", choices=read_recipe()["balances"], help="how experts are kept evenly used")
+    arguments = parser.parse_args()
+    log = pretrain(arguments.output, read_recipe(arguments.balance))
     print(f"{log['parameters']:,} parameters, {log['tokens']:,} tokens")
 
 

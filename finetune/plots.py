@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .run_folder import aside
 
 
@@ -31,5 +33,41 @@ def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: floa
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
+    with aside(path) as picture:
+        figure.savefig(picture, format="png", dpi=120)
+
+
+def expert_map(shares: dict[str, torch.Tensor], layers: list[int], path: Path) -> None:
+    """Draw how the tokens spread over experts, one heat map under the other, into a PNG file.
+
+    Args:
+        shares: title to share of the tokens `[layers, E]`; all maps have one scale. Negative values, of differences,
+            make the scale one around 0.
+        layers: layer index of every row.
+        path: the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, experts = next(iter(shares.values())).shape
+    figure = Figure(figsize=(min(16, 3 + experts / 6), len(shares) * (1.2 + min(8, rows / 4))), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, share) in zip(figure.subplots(len(shares), 1, squeeze=False)[:, 0], shares.items(), strict=True):
+        # In units of the even share: 1 is balance.
+        values = (share * experts).cpu()
+        limit = max(values.abs().max().item(), 1e-6)
+        is_difference = bool((values < 0).any())
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="RdBu_r" if is_difference else "viridis",
+            vmin=-limit if is_difference else 0,
+            vmax=limit,
+        )
+        axes.set(title=title, xlabel="expert", ylabel="layer")
+        axes.set_yticks(range(rows), [str(layer) for layer in layers])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, label="times the even share")
     with aside(path) as picture:
         figure.savefig(picture, format="png", dpi=120)

@@ -18,6 +18,7 @@ _CHOICES = {
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
     "norm_topk_semantics": ("deepseek_v2", "deepseek_v3"),
     "router_dtype": ("float32", "model"),
+    "aux_loss_type": ("auto", "expert", "sequence"),
 }
 _AT_LEAST_ONE = (
     "vocab_size",
@@ -32,6 +33,8 @@ _NOT_NEGATIVE = (
     "n_shared_experts",
     "num_nextn_predict_layers",
     "aux_loss_alpha",
+    "device_loss_alpha",
+    "communication_loss_alpha",
     "mtp_loss_weight",
     "routed_scaling_factor",
     "initializer_range",
@@ -60,8 +63,12 @@ class DeepseekMoeConfig(PreTrainedConfig):
     "deepseek_v3" divides, then multiplies by `routed_scaling_factor` (FACTS 8.3). `router_dtype="model"` computes
     router logits in the model's dtype, as DeepSeekMoE 16B was trained; the default is float32.
 
-    Balance group (training only): `aux_loss_alpha` weighs the balance loss added to `loss`, 0 turns it off;
-    `seq_aux` counts it per sequence rather than per batch (V1, V2).
+    Balance group (training only; formulas in `balancing`): every coefficient weighs one loss of each MoE layer, their
+    sum is added to `loss`, and 0 costs nothing. `aux_loss_alpha` weighs the loss that `aux_loss_type` names: "expert"
+    (V1, V2), "sequence" (V3), or "auto", which is "sequence" for `topk_method="noaux_tc"` and else "expert".
+    `device_loss_alpha` (V1, V2) and `communication_loss_alpha` (V2) balance `balance_devices` groups of experts, by
+    default the `n_group` groups. `seq_aux` counts all but V3's loss per sequence rather than per batch.
+    `aux_loss_counts_padding=True` counts padding as DeepSeek's own code does.
 
     Multi-token prediction: `num_nextn_predict_layers` MTP modules follow the main layers; `mtp_loss_weight` (the
     paper's lambda) trains them, 0 keeps them frozen.
@@ -112,7 +119,12 @@ class DeepseekMoeConfig(PreTrainedConfig):
     routed_scaling_factor: float | int = 1.0
     router_dtype: str = "float32"
     aux_loss_alpha: float | int = 0.0001
+    aux_loss_type: str = "auto"
     seq_aux: bool = True
+    device_loss_alpha: float | int = 0.0
+    communication_loss_alpha: float | int = 0.0
+    balance_devices: int | None = None
+    aux_loss_counts_padding: bool = False
     output_router_logits: bool = False
     kv_lora_rank: int | None = 512
     q_lora_rank: int | None = None
@@ -208,6 +220,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
             return False
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
+    @property
+    def uses_sequence_loss(self) -> bool:
+        """Whether `aux_loss_alpha` weighs V3's sequence-wise loss and not the expert-level loss."""
+        return self.aux_loss_type == "sequence" or (self.aux_loss_type == "auto" and self.topk_method == "noaux_tc")
+
     def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel style of each module this configuration has (rules that match nothing are warned about)."""
         plan = {f"layers.*.self_attn.{name}": "colwise" for name in self._column_parallel_attention()}
@@ -281,6 +298,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         self._check_at_least_one(_MOE_AT_LEAST_ONE)
         if top_k is None or not 1 <= top_k <= experts:
             raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and n_routed_experts={experts}")
+        self._check_balancing()
         if self.topk_method == "greedy":
             return
         if self.n_group < 1 or experts % self.n_group:
@@ -292,6 +310,18 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 f"topk_group={self.topk_group} of n_group={self.n_group} groups leaves "
                 f"{max(self.topk_group, 0) * (experts // self.n_group)} experts, fewer than "
                 f"num_experts_per_tok={top_k}"
+            )
+
+    def _check_balancing(self) -> None:
+        devices, experts = self.balance_devices, self.n_routed_experts
+        if devices is not None and (devices < 1 or experts % devices):
+            raise ValueError(f"n_routed_experts={experts} is not divisible among balance_devices={devices}")
+        if not self.communication_loss_alpha:
+            return
+        if self.topk_method == "greedy" or devices not in (None, self.n_group):
+            raise ValueError(
+                f"communication_loss_alpha={self.communication_loss_alpha} needs tokens limited to topk_group of n_group "
+                f"devices, but topk_method={self.topk_method!r}, n_group={self.n_group}, balance_devices={devices}"
             )
 
 

@@ -20,13 +20,13 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
+        self, hidden_states: torch.Tensor, balance_tokens: dict[str, torch.Tensor | None] | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns hidden states `[B, T, H]` and the layer's balance loss (a scalar in training, else None).
 
         Args:
             hidden_states: `[B, T, H]`.
-            padding_mask: `[B, T]`, 1 for real tokens.
+            balance_tokens: which tokens the balance losses count, see `DeepseekMoeBlock`.
             **kwargs: what attention takes (position embeddings, mask, cache, arguments of the attention kernel).
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
@@ -34,5 +34,5 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_moe:
             return hidden_states + self.mlp(normed), None
-        output, balance_loss = self.mlp(normed, padding_mask)
+        output, balance_loss = self.mlp(normed, balance_tokens)
         return hidden_states + output, balance_loss

@@ -17,6 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
+from .balancing import sequence_ids
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
@@ -121,6 +122,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        learned_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeModelOutput:
         """Hidden states after the final norm, `[B, T, H]`.
@@ -130,6 +132,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             attention_mask: `[B, L]`, 1 for real tokens, on either side; or a 4-D mask used as it is.
             position_ids: `[B, T]`; positions that start again mark packed sequences.
             past_key_values: a `Cache`; latent attention keeps one tensor a layer in it.
+            learned_tokens: `[B, T]` bool, positions with a target; in `aux_loss` sequences weigh as many as they
+                have of these. None: they weigh alike.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -137,13 +141,13 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         starts_cache = use_cache and past_key_values is None
         past_key_values = use_growing_layers(DynamicCache(config=self.config) if starts_cache else past_key_values)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         # transformers looks for packed sequences only where there is no cache; a new one changes nothing else.
         masked_cache = None if starts_cache else past_key_values
-        layer_arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, masked_cache)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        layer_arguments = self.layer_arguments(
+            inputs_embeds, attention_mask, position_ids, masked_cache, seen, learned_tokens
+        )
         hidden_states, balance_losses = inputs_embeds, []
         for layer in self.layers[: self.config.num_hidden_layers]:
             output = layer(
@@ -159,8 +163,13 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             aux_loss=_sum(balance_losses),
         )
 
-    def layer_arguments(self, inputs_embeds, attention_mask, position_ids, past_key_values=None) -> dict:
-        """What every layer of a forward pass shares: positions, mask, and the padding mask of the losses."""
+    def layer_arguments(
+        self, inputs_embeds, attention_mask, position_ids, past_key_values=None, seen=0, learned_tokens=None
+    ) -> dict:
+        """What every layer of a forward pass shares: positions, attention mask, and the tokens that losses count."""
+        is_packed = position_ids is not None
+        if position_ids is None:
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -168,12 +177,17 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        is_padding_mask = self.training and attention_mask is not None and attention_mask.dim() == 2
+        has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
+        batch, length = inputs_embeds.shape[:2]
         return {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "attention_mask": causal_mask,
             "position_ids": position_ids,
-            "padding_mask": attention_mask[:, -inputs_embeds.shape[1] :] if is_padding_mask else None,
+            "balance_tokens": {
+                "attention_mask": attention_mask[:, -length:] if has_padding_mask else None,
+                "sequence_ids": sequence_ids(position_ids.expand(batch, -1)) if is_packed and self.training else None,
+                "learned_tokens": learned_tokens,
+            },
         }
 
 
@@ -206,8 +220,14 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         """Logits `[B, T, V]` and, given `labels` `[B, T]` (-100 ignored), the loss.
 
         In training `loss` is the language model loss plus `aux_loss` (see `aux_loss_alpha`) plus `mtp_loss_weight`
-        times `mtp_loss`. All three are normalised alike, so gradient accumulation adds them up correctly.
+        times `mtp_loss`. Given `num_items_in_batch`, the targets of all micro-batches, each of the three is this call's
+        share, and their sum over micro-batches does not depend on how the batch was cut (but for `aux_loss` with
+        `seq_aux=False`, which is no sum over sequences).
         """
+        num_items = kwargs.get("num_items_in_batch")
+        learned_tokens = None
+        if self.training and labels is not None and num_items is not None:
+            learned_tokens = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -215,6 +235,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            learned_tokens=learned_tokens,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -226,12 +247,12 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 mtp_loss, mtp_balance = self.multi_token_loss(
-                    outputs.last_hidden_state, embeddings, labels, attention_mask, position_ids, **kwargs
+                    outputs.last_hidden_state, embeddings, labels, attention_mask, position_ids, learned_tokens, **kwargs
                 )
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _sum([part for part in (aux_loss, mtp_balance) if part is not None])
             if aux_loss is not None:
-                loss = loss + aux_loss * self.share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + (aux_loss if num_items is None else aux_loss * learned_tokens.sum() / num_items)
         return DeepseekMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -243,47 +264,48 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def multi_token_loss(self, hidden_states, inputs_embeds, labels, attention_mask, position_ids, **kwargs):
+    def multi_token_loss(
+        self, hidden_states, inputs_embeds, labels, attention_mask, position_ids, learned_tokens, **kwargs
+    ):
         """Mean cross-entropy of the MTP modules and the sum of their balance losses (FACTS 3.3).
 
         Module k at position i sees the state of position i and the embedding of token i + k, and predicts token
         i + k + 1; it runs over the first T - k positions.
         """
-        if position_ids is None:
-            position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
         modules = self.model.layers[self.config.num_hidden_layers :]
         losses, balance_losses = [hidden_states.new_zeros((), dtype=torch.float32)], []
         for ahead, layer in enumerate(modules, start=1):
             kept = labels.shape[1] - ahead
             if kept < 2:
                 break
-            # Packed: the token ahead + 1 places on, if it is of another sequence, is no target.
-            targets = labels[:, ahead + 1 :].masked_fill(
-                position_ids[:, ahead + 1 :] - position_ids[:, : kept - 1] != ahead + 1, -100
-            )
+            targets = labels[:, ahead + 1 :]
+            if position_ids is not None:
+                # Packed: the token ahead + 1 places on, if it is of another sequence, is no target.
+                distance = position_ids[:, ahead + 1 :] - position_ids[:, : kept - 1]
+                targets = targets.masked_fill(distance != ahead + 1, -100)
             items = kwargs.get("num_items_in_batch")
             hidden_states, ahead_embeds = hidden_states[:, :kept], inputs_embeds[:, ahead:]
-            mask = attention_mask[:, :kept] if attention_mask is not None and attention_mask.dim() == 2 else None
-            arguments = self.model.layer_arguments(hidden_states, mask, position_ids[:, :kept])
+            arguments = self.model.layer_arguments(
+                hidden_states,
+                attention_mask[:, :kept] if attention_mask is not None and attention_mask.dim() == 2 else None,
+                None if position_ids is None else position_ids[:, :kept],
+                learned_tokens=None if learned_tokens is None else learned_tokens[:, :kept],
+            )
             hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
             losses.append(
                 self.loss_function(
                     logits=self.lm_head(hidden_states[:, :-1]),
                     labels=None,
-                    shift_labels=targets,
+                    shift_labels=targets.contiguous(),
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=(targets != -100).sum().clamp_min(1) if items is None else items,
                 )
             )
+            if balance_loss is not None and learned_tokens is not None:
+                # In shares of all learned tokens, of which a deeper module sees fewer.
+                balance_loss = balance_loss * learned_tokens[:, :kept].sum() / learned_tokens.sum().clamp_min(1)
             balance_losses += [] if balance_loss is None else [balance_loss]
         return torch.stack(losses).sum() / len(modules), _sum(balance_losses)
-
-    @staticmethod
-    def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-        """This call's share of the global batch, by predicted tokens; 1 where the loss is a plain mean."""
-        if num_items_in_batch is None:
-            return 1.0
-        return (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
 class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):

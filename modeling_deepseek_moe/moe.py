@@ -4,7 +4,12 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .balancing import expert_balance_loss, sequence_balance_loss
+from .balancing import (
+    communication_balance_loss,
+    device_balance_loss,
+    expert_balance_loss,
+    sequence_balance_loss,
+)
 from .experts import DeepseekMoeExperts
 from .router import DeepseekMoeRouter
 
@@ -28,10 +33,7 @@ class DeepseekMoeBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.aux_loss_alpha = config.aux_loss_alpha
-        self.seq_aux = config.seq_aux
-        self.has_biased_router = config.topk_method == "noaux_tc"
+        self.config = config
         self.gate = DeepseekMoeRouter(config)
         self.experts = DeepseekMoeExperts(config)
         self.shared_experts = None
@@ -39,27 +41,48 @@ class DeepseekMoeBlock(nn.Module):
             self.shared_experts = DeepseekMoeMLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, balance_tokens: dict[str, torch.Tensor | None] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the block's output `[B, T, H]` and, in training, its balance loss (a scalar, else None).
 
         Args:
             hidden_states: `[B, T, H]`.
-            padding_mask: `[B, T]`, 1 for real tokens; padding does not count in the balance loss.
+            balance_tokens: which tokens the balance losses count and how, the keyword arguments that `balancing`
+                shares; None counts all.
         """
         router_logits, topk_weights, topk_index = self.gate(hidden_states)
         routed = self.experts(hidden_states.flatten(0, 1), topk_index, topk_weights).view_as(hidden_states)
         output = routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
-        if not self.training or not self.aux_loss_alpha:
+        if not self.training:
             return output, None
         batch = hidden_states.shape[:2]
-        logits_BTE, topk_index_BTK = router_logits.unflatten(0, batch), topk_index.unflatten(0, batch)
-        return output, self.balance_loss(logits_BTE, topk_index_BTK, padding_mask)
-
-    def balance_loss(self, router_logits, topk_index, padding_mask) -> torch.Tensor:
-        """V3's sequence-wise loss where the bias does the balancing, else the expert-level loss of V1 and V2."""
-        if self.has_biased_router:
-            return sequence_balance_loss(router_logits, self.top_k, self.aux_loss_alpha, padding_mask)
-        return expert_balance_loss(
-            router_logits, topk_index, self.aux_loss_alpha, per_sequence=self.seq_aux, attention_mask=padding_mask
+        balance_loss = self.balance_loss(
+            router_logits.unflatten(0, batch), topk_index.unflatten(0, batch), dict(balance_tokens or {})
         )
+        return output, balance_loss
+
+    def balance_loss(self, router_logits, topk_index, tokens) -> torch.Tensor | None:
+        """Sum of the balance losses whose coefficient is not zero; None if all are."""
+        config = self.config
+        tokens["scoring_func"] = config.scoring_func
+        if config.aux_loss_counts_padding:
+            tokens["attention_mask"] = None
+        routed = (router_logits, topk_index)
+        num_devices = config.balance_devices or config.n_group
+        losses = []
+        if config.aux_loss_alpha and config.uses_sequence_loss:
+            losses.append(sequence_balance_loss(router_logits, topk_index.shape[-1], config.aux_loss_alpha, **tokens))
+        elif config.aux_loss_alpha:
+            losses.append(expert_balance_loss(*routed, config.aux_loss_alpha, config.seq_aux, **tokens))
+        if config.device_loss_alpha:
+            losses.append(
+                device_balance_loss(*routed, config.device_loss_alpha, num_devices, config.seq_aux, **tokens)
+            )
+        if config.communication_loss_alpha:
+            devices = (num_devices, config.topk_group)
+            losses.append(
+                communication_balance_loss(
+                    *routed, config.communication_loss_alpha, *devices, config.seq_aux, **tokens
+                )
+            )
+        return sum(losses) if losses else None
