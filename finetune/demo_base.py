@@ -19,9 +19,8 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
@@ -111,7 +110,7 @@ class PackedRows(Dataset):
 
 
 def read_recipe(balance: str | None = None) -> dict[str, Any]:
-    """The numbers of the pretraining run, `recipes/pretrain_demo.yaml`, with another of its ways to balance if named."""
+    """The numbers of the run, `recipes/pretrain_demo.yaml`; `balance` names another of its ways to balance experts."""
     path = resources.files("modeling_deepseek_moe.finetune") / "recipes" / "pretrain_demo.yaml"
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     return recipe | {"balance": balance or recipe["balance"]}

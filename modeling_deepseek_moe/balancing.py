@@ -141,10 +141,15 @@ def sequence_balance_loss(
 
 
 def sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers the sequences of `position_ids` `[B, T]`: a new one in every row, and where positions do not go on by 1."""
+    """Numbers the sequences of `position_ids` `[B, T]`: rows start one, and so do positions that do not go on by 1."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     return (starts.flatten().cumsum(0) - 1).view_as(position_ids)
+
+
+def sum_losses(losses: list[torch.Tensor]) -> torch.Tensor | None:
+    """Sum of scalars, which may be on several devices; None of none."""
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
 
 def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, speed: float, rule: str = "sign") -> torch.Tensor:

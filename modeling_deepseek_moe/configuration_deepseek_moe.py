@@ -320,8 +320,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
             return
         if self.topk_method == "greedy" or devices not in (None, self.n_group):
             raise ValueError(
-                f"communication_loss_alpha={self.communication_loss_alpha} needs tokens limited to topk_group of n_group "
-                f"devices, but topk_method={self.topk_method!r}, n_group={self.n_group}, balance_devices={devices}"
+                f"communication_loss_alpha={self.communication_loss_alpha} needs topk_group of n_group devices for a "
+                f"token, but topk_method={self.topk_method!r}, n_group={self.n_group}, balance_devices={devices}"
             )
 
 

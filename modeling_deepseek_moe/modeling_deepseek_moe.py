@@ -17,13 +17,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
-from .balancing import sequence_ids
+from .balancing import sequence_ids, sum_losses
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import use_growing_layers
 from .loading import CheckpointMixin
-from .multi_token import DeepseekMoeMultiTokenLayer
+from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
 from .rotary import DeepseekMoeRotaryEmbedding, rotary_frequencies
 from .router import DeepseekMoeRouter
 
@@ -160,7 +160,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            aux_loss=_sum(balance_losses),
+            aux_loss=sum_losses(balance_losses),
         )
 
     def layer_arguments(
@@ -191,7 +191,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         }
 
 
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -220,9 +220,9 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         """Logits `[B, T, V]` and, given `labels` `[B, T]` (-100 ignored), the loss.
 
         In training `loss` is the language model loss plus `aux_loss` (see `aux_loss_alpha`) plus `mtp_loss_weight`
-        times `mtp_loss`. Given `num_items_in_batch`, the targets of all micro-batches, each of the three is this call's
-        share, and their sum over micro-batches does not depend on how the batch was cut (but for `aux_loss` with
-        `seq_aux=False`, which is no sum over sequences).
+        times `mtp_loss`. Given `num_items_in_batch`, the targets of all micro-batches, each of the three parts is this
+        call's share, and their sum over micro-batches does not depend on how the batch was cut (but for balance losses
+        with `seq_aux=False`, which are no sums over sequences).
         """
         num_items = kwargs.get("num_items_in_batch")
         learned_tokens = None
@@ -247,10 +247,16 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 mtp_loss, mtp_balance = self.multi_token_loss(
-                    outputs.last_hidden_state, embeddings, labels, attention_mask, position_ids, learned_tokens, **kwargs
+                    outputs.last_hidden_state,
+                    embeddings,
+                    labels,
+                    attention_mask,
+                    position_ids,
+                    learned_tokens,
+                    num_items,
                 )
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
-                aux_loss = _sum([part for part in (aux_loss, mtp_balance) if part is not None])
+                aux_loss = sum_losses([part for part in (aux_loss, mtp_balance) if part is not None])
             if aux_loss is not None:
                 loss = loss + (aux_loss if num_items is None else aux_loss * learned_tokens.sum() / num_items)
         return DeepseekMoeCausalLMOutput(
@@ -263,49 +269,6 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def multi_token_loss(
-        self, hidden_states, inputs_embeds, labels, attention_mask, position_ids, learned_tokens, **kwargs
-    ):
-        """Mean cross-entropy of the MTP modules and the sum of their balance losses (FACTS 3.3).
-
-        Module k at position i sees the state of position i and the embedding of token i + k, and predicts token
-        i + k + 1; it runs over the first T - k positions.
-        """
-        modules = self.model.layers[self.config.num_hidden_layers :]
-        losses, balance_losses = [hidden_states.new_zeros((), dtype=torch.float32)], []
-        for ahead, layer in enumerate(modules, start=1):
-            kept = labels.shape[1] - ahead
-            if kept < 2:
-                break
-            targets = labels[:, ahead + 1 :]
-            if position_ids is not None:
-                # Packed: the token ahead + 1 places on, if it is of another sequence, is no target.
-                distance = position_ids[:, ahead + 1 :] - position_ids[:, : kept - 1]
-                targets = targets.masked_fill(distance != ahead + 1, -100)
-            items = kwargs.get("num_items_in_batch")
-            hidden_states, ahead_embeds = hidden_states[:, :kept], inputs_embeds[:, ahead:]
-            arguments = self.model.layer_arguments(
-                hidden_states,
-                attention_mask[:, :kept] if attention_mask is not None and attention_mask.dim() == 2 else None,
-                None if position_ids is None else position_ids[:, :kept],
-                learned_tokens=None if learned_tokens is None else learned_tokens[:, :kept],
-            )
-            hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
-            losses.append(
-                self.loss_function(
-                    logits=self.lm_head(hidden_states[:, :-1]),
-                    labels=None,
-                    shift_labels=targets.contiguous(),
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=(targets != -100).sum().clamp_min(1) if items is None else items,
-                )
-            )
-            if balance_loss is not None and learned_tokens is not None:
-                # In shares of all learned tokens, of which a deeper module sees fewer.
-                balance_loss = balance_loss * learned_tokens[:, :kept].sum() / learned_tokens.sum().clamp_min(1)
-            balance_losses += [] if balance_loss is None else [balance_loss]
-        return torch.stack(losses).sum() / len(modules), _sum(balance_losses)
 
 
 class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
@@ -325,10 +288,6 @@ class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekM
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.0) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-
-def _sum(losses: list[torch.Tensor]) -> torch.Tensor | None:
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
 
 __all__ = [

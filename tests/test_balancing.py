@@ -8,15 +8,20 @@ import torch
 from tiny import tiny_ids, tiny_model, v1_config, v2_config, v3_config
 
 from modeling_deepseek_moe.balancing import (
+    communication_balance_loss,
+    device_balance_loss,
     expert_balance_loss,
     expert_load,
     load_entropy,
     max_violation,
     sequence_balance_loss,
+    sequence_ids,
+    unused_share,
     update_expert_bias,
 )
 
 BATCH, LENGTH, EXPERTS, TOP_K, ALPHA = 3, 7, 8, 2, 0.5
+DEVICES, TOPK_DEVICES = 4, 2
 # The losses are float32 sums of some hundred terms of order 0.1; the loops are in double precision.
 RTOL = 1e-6
 
@@ -87,6 +92,40 @@ def test_t12_the_expert_loss_of_the_batch_counts_all_its_tokens_as_one(logits, p
     assert per_sequence.item() != pytest.approx(expected, rel=1e-3), "the two ways must differ on unequal sequences"
 
 
+def loss_of_devices(scores: list[list[float]], chosen: list[set[int]], communication: bool) -> float:
+    """Equations 26-28 (device) or 29-31 (communication) of the V2 paper over one group of tokens."""
+    total, tokens, width = 0.0, len(scores), EXPERTS // DEVICES
+    for device in range(DEVICES):
+        experts = set(range(device * width, (device + 1) * width))
+        p = sum(token[expert] for token in scores for expert in experts) / tokens
+        if communication:
+            f = DEVICES / (TOPK_DEVICES * tokens) * sum(1 for used in chosen if used & experts)
+        else:
+            uses = sum(len(used & experts) for used in chosen)
+            f = EXPERTS / (TOP_K * tokens) * uses / width
+        total += f * p
+    return total
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("per_sequence", [True, False], ids=["per sequence", "per batch"])
+@pytest.mark.parametrize("communication", [False, True], ids=["device", "communication"])
+def test_the_device_losses_are_the_papers_formulas(logits, padding, padded, per_sequence, communication):
+    mask = padding if padded else torch.ones_like(padding)
+    groups = kept(logits.double().tolist(), mask.tolist())
+    groups = groups if per_sequence else [sum(groups, [])]
+    expected = sum(
+        loss_of_devices([softmax(row) for row in rows], [chosen_of(row) for row in rows], communication)
+        for rows in groups
+    ) / len(groups)
+    function, limits = device_balance_loss, (DEVICES,)
+    if communication:
+        function, limits = communication_balance_loss, (DEVICES, TOPK_DEVICES)
+    index = logits.topk(TOP_K, dim=-1).indices
+    loss = function(logits, index, ALPHA, *limits, per_sequence, mask if padded else None)
+    assert loss.item() == pytest.approx(ALPHA * expected, rel=RTOL)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_t13_the_sequence_loss_counts_unbiased_choices_and_weighs_by_normalised_sigmoids(logits, padding, padded):
     mask = padding if padded else torch.ones_like(padding)
@@ -140,6 +179,18 @@ def test_perfect_balance_costs_exactly_alpha(per_sequence):
     index = torch.arange(EXPERTS).repeat(2, TOP_K).unflatten(1, (EXPERTS, TOP_K))
     loss = expert_balance_loss(torch.zeros(2, EXPERTS, EXPERTS), index, ALPHA, per_sequence=per_sequence)
     assert loss.item() == pytest.approx(ALPHA, rel=1e-7)
+    devices = device_balance_loss(torch.zeros(2, EXPERTS, EXPERTS), index, ALPHA, DEVICES, per_sequence)
+    assert devices.item() == pytest.approx(ALPHA, rel=1e-7)
+
+
+def test_perfect_balance_of_what_devices_receive_costs_exactly_alpha():
+    """Every token goes to two devices, and every device gets half of the tokens."""
+    index = torch.tensor([[[0, 2], [4, 6], [1, 3], [5, 7]]])
+    loss = communication_balance_loss(torch.zeros(1, 4, EXPERTS), index, ALPHA, DEVICES, TOPK_DEVICES)
+    assert loss.item() == pytest.approx(ALPHA, rel=1e-7)
+    on_one_device = torch.tensor([[[0, 1], [2, 3], [4, 5], [6, 7]]])
+    loss = communication_balance_loss(torch.zeros(1, 4, EXPERTS), on_one_device, ALPHA, DEVICES, TOPK_DEVICES)
+    assert loss.item() == pytest.approx(ALPHA / 2, rel=1e-7)
 
 
 def test_perfect_balance_of_sigmoid_scores_costs_alpha():
@@ -165,6 +216,8 @@ def test_padding_changes_neither_loss_nor_gradient(logits, padding):
         lambda x: sequence_balance_loss(x, TOP_K, ALPHA, padding),
         lambda x: expert_balance_loss(x, x.topk(TOP_K, dim=-1).indices, ALPHA, True, padding),
         lambda x: expert_balance_loss(x, x.topk(TOP_K, dim=-1).indices, ALPHA, False, padding),
+        lambda x: device_balance_loss(x, x.topk(TOP_K, dim=-1).indices, ALPHA, DEVICES, True, padding),
+        lambda x: communication_balance_loss(x, x.topk(TOP_K, dim=-1).indices, ALPHA, DEVICES, 2, True, padding),
     ):
         first, second = logits.clone().requires_grad_(), other.clone().requires_grad_()
         losses = function(first), function(second)
@@ -247,6 +300,20 @@ def test_expert_load_counts_ids_of_any_shape_and_ignores_the_id_behind_the_last(
 def test_max_violation_is_the_relative_excess_of_the_busiest_expert():
     counts = torch.tensor([[10, 2, 6, 6], [5, 5, 5, 5], [24, 0, 0, 0], [0, 0, 0, 0]])
     torch.testing.assert_close(max_violation(counts), torch.tensor([10 / 6 - 1, 0.0, 3.0, 0.0]))
+
+
+def test_unused_share_is_the_share_of_experts_without_a_token():
+    assert unused_share(torch.tensor([[3, 0, 1, 0], [1, 1, 1, 1]])).tolist() == [0.5, 0.0]
+
+
+def test_sequences_begin_with_every_row_and_where_positions_start_again():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9]])
+    assert sequence_ids(positions).tolist() == [[0, 0, 0, 1, 1, 2], [3, 3, 3, 3, 3, 3]]
+
+
+def test_expert_load_leaves_masked_tokens_out():
+    index, mask = torch.tensor([[[0, 1], [1, 2]], [[3, 1], [0, 3]]]), torch.tensor([[1, 0], [1, 1]])
+    assert expert_load(index, 4, mask).tolist() == [2, 2, 0, 2]
 
 
 def test_load_entropy_is_one_for_even_load_and_zero_for_one_expert():
