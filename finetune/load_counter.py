@@ -8,10 +8,13 @@ from torch import nn
 
 from modeling_deepseek_moe.balancing import expert_load
 from modeling_deepseek_moe.moe import DeepseekMoeBlock
+from modeling_deepseek_moe.router import DeepseekMoeRouter
 
 
 class LoadCounter:
     """Counts tokens an expert in every forward pass of a model until they are taken, without the padding.
+
+    Under `torch.compile` every counted router breaks the graph.
 
     Args:
         model: hooks go on its MoE blocks; it may be inside of others (PEFT, DDP).
@@ -20,38 +23,52 @@ class LoadCounter:
 
     Attributes:
         blocks: MoE block by layer index.
+        routers: the router in it, also where PEFT has wrapped it.
 
     Raises:
         ValueError: the model has no MoE block.
+        RuntimeError: in the forward pass, if `nn.DataParallel` runs it in copies of the model.
     """
 
     def __init__(self, model: nn.Module, training: bool = True):
         self.training = training
+        self._counts: dict[int, torch.Tensor] = {}
+        self._mask: torch.Tensor | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Counts in this model from now on, from zero, and no longer in the one before."""
+        self.remove()
+        self.drop()
         self.blocks: dict[int, DeepseekMoeBlock] = {
-            int(re.findall(r"layers\.(\d+)\.", name)[-1]): module
+            int(layer[1]): module
             for name, module in model.named_modules()
-            if isinstance(module, DeepseekMoeBlock)
+            if isinstance(module, DeepseekMoeBlock) and (layer := re.match(r"(?:.*\.)?layers\.(\d+)\.", name))
         }
         if not self.blocks:
-            raise ValueError(f"{type(model).__name__} has no DeepseekMoeBlock, whose experts could be counted")
-        self._counts: dict[int, torch.Tensor] = {}
-        self._handles = [
-            handle
+            raise ValueError(f"{type(model).__name__} has no `layers` with a DeepseekMoeBlock to count in")
+        # Where PEFT trains a copy of the router, the copy comes after the original.
+        self.routers: dict[int, DeepseekMoeRouter] = {
+            layer: [module for module in block.gate.modules() if isinstance(module, DeepseekMoeRouter)][-1]
             for layer, block in self.blocks.items()
-            for handle in (
-                block.register_forward_pre_hook(self._keep_mask),
-                block.gate.register_forward_hook(lambda gate, _, output, layer=layer: self._count(layer, gate, output)),
-            )
-        ]
+        }
+        # Functions, not methods: copying a module must not copy the counter and with it the model.
+        for layer, block in self.blocks.items():
+            self._handles += [
+                block.register_forward_pre_hook(lambda _, args: self._keep_mask(args)),
+                block.gate.register_forward_hook(
+                    lambda gate, _, output, layer=layer: self._count(layer, gate, output)
+                ),
+            ]
 
     def take(self) -> torch.Tensor:
         """Counts `[layers, E]` (int64) since the last call, of all processes together, layers as in `blocks`."""
-        counts = []
-        for layer, block in self.blocks.items():
-            weight = block.gate.weight
-            zeros = torch.zeros(block.gate.num_experts, dtype=torch.int64, device=weight.device)
-            counts.append(self._counts.pop(layer, zeros))
-        stacked = torch.stack([count.to(counts[0].device) for count in counts])
+        router = next(iter(self.routers.values()))
+        device = next((counts.device for counts in self._counts.values()), router.weight.device)
+        zeros = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
+        stacked = torch.stack([self._counts.get(layer, zeros).to(device) for layer in self.blocks])
+        self.drop()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(stacked)
         return stacked
@@ -61,11 +78,12 @@ class LoadCounter:
         self._counts.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Takes the hooks off the model; what was counted can still be taken."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
-    def _keep_mask(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+    def _keep_mask(self, args: tuple[Any, ...]) -> None:
         tokens = args[1] if len(args) > 1 else None
         self._mask = tokens["attention_mask"] if tokens else None
 
@@ -73,6 +91,11 @@ class LoadCounter:
         # A backward pass is running where checkpointing computes a forward pass again.
         if gate.training != self.training or torch._C._current_graph_task_id() != -1:
             return
+        if getattr(gate, "_is_replica", False):
+            raise RuntimeError(
+                "experts cannot be counted under nn.DataParallel: start one process a GPU (torchrun --nproc-per-node "
+                f"{torch.cuda.device_count()} ...), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         mask = None if self._mask is None else self._mask.flatten()
-        counts = expert_load(output[2].detach(), gate.num_experts, mask)
+        counts = expert_load(output[2].detach(), self.routers[layer].num_experts, mask)
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts

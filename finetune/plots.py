@@ -37,37 +37,58 @@ def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: floa
         figure.savefig(picture, format="png", dpi=120)
 
 
-def expert_map(shares: dict[str, torch.Tensor], layers: list[int], path: Path) -> None:
+def expert_map(
+    shares: dict[str, torch.Tensor],
+    layers: list[int],
+    path: Path,
+    differences: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Draw how the tokens spread over experts, one heat map under the other, into a PNG file.
 
+    Everything is in units of the even share 1/E. Experts without any token are grey.
+
     Args:
-        shares: title to share of the tokens `[layers, E]`; all maps have one scale. Negative values, of differences,
-            make the scale one around 0.
+        shares: title to share of the tokens `[layers, E]`; these maps have one scale.
         layers: layer index of every row.
         path: the picture.
+        differences: title to one share minus another `[layers, E]`, drawn below on a scale of its own around 0.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
 
+    differences = differences or {}
     rows, experts = next(iter(shares.values())).shape
-    figure = Figure(figsize=(min(16, 3 + experts / 6), len(shares) * (1.2 + min(8, rows / 4))), layout="constrained")
+    count, height = len(shares) + len(differences), min(7.5, max(1.5, rows / 5))
+    figure = Figure(figsize=(min(16, max(7, 2.5 + experts / 8)), count * (height + 0.9)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, share) in zip(figure.subplots(len(shares), 1, squeeze=False)[:, 0], shares.items(), strict=True):
-        # In units of the even share: 1 is balance.
-        values = (share * experts).cpu()
-        limit = max(values.abs().max().item(), 1e-6)
-        is_difference = bool((values < 0).any())
-        image = axes.imshow(
-            values,
-            aspect="auto",
-            interpolation="nearest",
-            cmap="RdBu_r" if is_difference else "viridis",
-            vmin=-limit if is_difference else 0,
-            vmax=limit,
+    # A square root keeps small shares apart where one expert has many times the even one.
+    shared_norm = PowerNorm(0.5, 0, max(2, *(share.max().item() * experts for share in shares.values())))
+    limit = max((share.abs().max().item() * experts for share in differences.values()), default=0) or 1
+    axes_of_map = iter(figure.subplots(count, 1, squeeze=False)[:, 0])
+
+    def draw(title: str, values: torch.Tensor, norm: Normalize, colors: Any, label: str) -> None:
+        axes = next(axes_of_map)
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
+        axes.set_title(title, loc="left", parse_math=False)
+        axes.set(xlabel="expert", ylabel="layer")
+        step = -(-rows // 20)
+        axes.set_yticks(range(0, rows, step), [str(layer) for layer in layers[::step]])
+        axes.set_xticks(range(0, experts, -(-experts // 32)))
+        figure.colorbar(image, ax=axes, pad=0.01, aspect=max(8, 4 * height)).set_label(label, size="small")
+
+    for title, share in shares.items():
+        unused = share == 0
+        draw(
+            f"{title} (grey: unused)" if unused.any() else title,
+            (share.double() * experts).masked_fill(unused, float("nan")).cpu(),
+            shared_norm,
+            colormaps["viridis"].with_extremes(bad="0.8"),
+            "times the even share",
         )
-        axes.set(title=title, xlabel="expert", ylabel="layer")
-        axes.set_yticks(range(rows), [str(layer) for layer in layers])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axes, label="times the even share")
+    for title, difference in differences.items():
+        values = difference.double().cpu() * experts
+        draw(title, values, Normalize(-limit, limit), colormaps["RdBu_r"], "difference, in even shares")
     with aside(path) as picture:
         figure.savefig(picture, format="png", dpi=120)

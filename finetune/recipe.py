@@ -19,8 +19,19 @@ import yaml
 from .lora import check_words, nearest
 
 SHIPPED = {name: Path(__file__).parent / "recipes" / f"{name}.yaml" for name in ("lora_all", "lora_attention", "full")}
-_SECTIONS = ("lora", "training")
+_SECTIONS = ("lora", "losses", "training")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The fields of `DeepseekMoeConfig` that only training reads.
+_LOSSES = (
+    "aux_loss_alpha",
+    "aux_loss_type",
+    "seq_aux",
+    "device_loss_alpha",
+    "communication_loss_alpha",
+    "balance_devices",
+    "aux_loss_counts_padding",
+    "mtp_loss_weight",
+)
 _OWN_INSTEAD = {
     "output_dir": "set `output_dir`",
     "seed": "set `seed`",
@@ -53,11 +64,13 @@ class Recipe:
         dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
         gradient_checkpointing: compute activations twice to keep fewer.
-        bias_update_speed: step of the router's balancing bias after every optimizer step; 0 leaves it alone.
+        bias_update_speed: step of the router's balancing bias after every optimizer step; 0 freezes it.
         seed: of everything random.
         merge: also save the model with the adapters merged into its weights.
         overwrite: empty an `output_dir` that holds another run.
         hub_id, hub_private: push the result to this Hub repository.
+        losses: fields of the model's config that weigh its balance and multi-token losses, where they should differ
+            from the model's own: `aux_loss_alpha`, `mtp_loss_weight` and others (`DeepseekMoeConfig` explains them).
         lora: `targets` (words) and options of `peft.LoraConfig`; empty for full fine-tuning.
         training: options of `transformers.TrainingArguments`.
     """
@@ -80,6 +93,7 @@ class Recipe:
     overwrite: bool = False
     hub_id: str | None = None
     hub_private: bool = True
+    losses: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -118,17 +132,17 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
     """Check values and build a recipe from them.
 
     Args:
-        values: recipe keys (`lora.*` and `training.*` dotted or nested) and their values.
+        values: recipe keys (those of a section dotted or nested) and their values.
         raw: for keys that came from the command line, their text, which a string key takes as it stands.
 
     Raises:
         RecipeError: as `load_recipe`.
     """
     own = typing.get_type_hints(Recipe)
-    sections = {"lora": _lora_hints(), "training": _training_hints()}
+    sections = {"lora": _lora_hints(), "losses": _losses_hints(), "training": _training_hints()}
     known = {key: hint for key, hint in own.items() if key not in _SECTIONS}
     known |= {f"{section}.{key}": hint for section, hints in sections.items() for key, hint in hints.items()}
-    fields: dict[str, Any] = {"lora": {}, "training": {}}
+    fields: dict[str, Any] = {section: {} for section in _SECTIONS}
     for key, value in _flat(values).items():
         section, _, name = str(key).partition(".")
         if section == "training" and name in _OWN_INSTEAD:
@@ -170,10 +184,10 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"`lora.targets`: {error}") from error
     if recipe.merge and not recipe.lora:
         raise RecipeError("`merge` is true but there are no adapters to merge: set `lora.targets`, or merge: false")
-    if recipe.bias_update_speed and recipe.lora:
+    if recipe.bias_update_speed and recipe.lora and not recipe.merge:
         raise RecipeError(
-            "`bias_update_speed` needs full fine-tuning: an adapter does not carry the router's bias, so set it to 0 "
-            "or remove `lora.targets`"
+            "`bias_update_speed` moves the routers' bias, which an adapter does not carry: set it to 0 to freeze the "
+            "bias, or set merge: true to save the model that has it"
         )
 
 
@@ -221,6 +235,13 @@ def _lora_hints() -> dict[str, Any]:
     return {"targets": list[str]} | {
         item.name: hints[item.name] for item in dataclasses.fields(LoraConfig) if item.init and item.name not in ours
     }
+
+
+def _losses_hints() -> dict[str, Any]:
+    from modeling_deepseek_moe import DeepseekMoeConfig
+
+    hints = {name: DeepseekMoeConfig.__annotations__[name] for name in _LOSSES}
+    return {name: float if hint == float | int else hint for name, hint in hints.items()}
 
 
 def _training_hints() -> dict[str, Any]:

@@ -5,7 +5,7 @@ data/                tokenized rows
 checkpoint-<step>/   of the Trainer; `complete` in it is written last
 before.json          measured before the first step
 adapter/  model/     results: the adapters, and the whole (or merged) model, each with the tokenizer
-loss.png  summary.json  trainer_state.json
+loss.png  experts.png  experts.json  summary.json  trainer_state.json
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
 _RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
 _OURS = re.compile(
-    r"recipe\.yaml|data\.json|data|checkpoint-\d+|before\.json|adapter|model|loss\.png|summary\.json|"
+    r"recipe\.yaml|data\.json|data|checkpoint-\d+|before\.json|adapter|model|loss\.png|experts\.(?:png|json)|summary\.json|"
     r"trainer_state\.json|.+\.aside"
 )
 _MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge"}

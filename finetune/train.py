@@ -30,7 +30,9 @@ from .data import collator, load_data
 from .lora import known_warnings, lora_config
 from .plots import loss_curve
 from .recipe import Recipe, RecipeError
+from .router_biases import KeepRouterBiases, restore_router_biases
 from .run_folder import aside, forget_run, last_checkpoint, open_run, write_text
+from .watch_experts import watch_experts
 
 _DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
 
@@ -108,16 +110,22 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
     with arguments.main_process_first():
         train_data, eval_data = rows(recipe, tokenizer, folder)
     try:
-        callbacks = [BalanceExperts(model, recipe.bias_update_speed)] if recipe.bias_update_speed else []
-        return FineTuner(
+        callbacks = []
+        if recipe.bias_update_speed:
+            keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
+            callbacks = [BalanceExperts(model, recipe.bias_update_speed), *keep]
+        trainer = FineTuner(
             model=model,
             args=arguments,
             train_dataset=train_data,
             eval_dataset=eval_data,
             data_collator=collator(tokenizer),
             processing_class=tokenizer,
-            callbacks=[MarkCheckpoints(), *callbacks],
+            callbacks=[*callbacks, MarkCheckpoints()],
         )
+        if model.config.has_experts:
+            watch_experts(trainer, folder)
+        return trainer
     except ValueError as error:
         raise RecipeError(f"these settings do not go together: {_first_line(error)}") from error
 
@@ -137,6 +145,7 @@ class FineTuner(Trainer):
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or os.fspath(checkpoint))
+        restore_router_biases(self.model, Path(best or checkpoint))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -161,7 +170,10 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = DeepseekMoeForCausalLM.from_pretrained(
-            recipe.model, dtype=recipe.dtype, **{key: value for key, value in choices.items() if value}
+            recipe.model,
+            dtype=recipe.dtype,
+            **{key: value for key, value in choices.items() if value},
+            **recipe.losses,
         )
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"cannot load model {recipe.model!r}: {_first_line(error)}") from error
@@ -272,6 +284,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         "adapter": summary["saved_adapter"],
         "model": summary["saved_model"],
         "loss curve": folder / "loss.png",
+        "experts": experts if (experts := folder / "experts.png").is_file() else None,
         "Hub": summary.get("hub"),
     }
     for name, value in lines.items():

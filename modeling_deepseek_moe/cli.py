@@ -80,6 +80,37 @@ def finetune(
 
 @app.command()
 @_reported
+def experts(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
+    data: Annotated[str, typer.Argument(help="A JSONL file or the Hub name of a data set.")],
+    compare: Annotated[str | None, typer.Option(help="A second one: which experts does each claim?")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for experts.png and experts.json.")] = Path("experts"),
+    rows: Annotated[int | None, typer.Option(help="At most so many rows, evenly spread; all by default.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longer rows are cut to this many tokens.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 8,
+    split: Annotated[str, typer.Option(help="Of Hub data sets.")] = "train",
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Run data through a model and show which experts serve it: a table, a picture and JSON."""
+    from .finetune.experts_report import report_experts
+
+    report_experts(
+        model,
+        data,
+        compare,
+        output,
+        adapter=adapter,
+        split=split,
+        rows=rows,
+        max_length=max_length,
+        batch_size=batch_size,
+        dtype=dtype,
+    )
+
+
+@app.command()
+@_reported
 def demo(
     output_dir: Annotated[Path | None, typer.Option(help="Where to write; a temporary folder by default.")] = None,
     hub_id: Annotated[

@@ -221,6 +221,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     @property
+    def has_experts(self) -> bool:
+        """Whether any layer that a forward pass runs routes to experts."""
+        return any(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+
+    @property
     def uses_sequence_loss(self) -> bool:
         """Whether `aux_loss_alpha` weighs V3's sequence-wise loss and not the expert-level loss."""
         return self.aux_loss_type == "sequence" or (self.aux_loss_type == "auto" and self.topk_method == "noaux_tc")

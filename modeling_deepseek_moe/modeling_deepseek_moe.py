@@ -1,12 +1,12 @@
 """The DeepSeekMoE model family: base model, causal language model, and classification heads."""
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -23,6 +23,7 @@ from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import use_growing_layers
 from .loading import CheckpointMixin
+from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
 from .rotary import DeepseekMoeRotaryEmbedding, rotary_frequencies
 from .router import DeepseekMoeRouter
@@ -123,6 +124,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         learned_tokens: torch.Tensor | None = None,
+        aux_losses: list[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeModelOutput:
         """Hidden states after the final norm, `[B, T, H]`.
@@ -134,6 +136,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values: a `Cache`; latent attention keeps one tensor a layer in it.
             learned_tokens: `[B, T]` bool, positions with a target; in `aux_loss` sequences weigh as many as they
                 have of these. None: they weigh alike.
+            aux_losses: a list that gets `aux_loss`, for a caller that does not see this output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -157,10 +160,11 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             hidden_states, balance_loss = output if isinstance(output, tuple) else (output, None)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
+        aux_loss = sum_losses(balance_losses)
+        if aux_losses is not None and aux_loss is not None:
+            aux_losses.append(aux_loss)
         return DeepseekMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            aux_loss=sum_losses(balance_losses),
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, aux_loss=aux_loss
         )
 
     def layer_arguments(
@@ -191,7 +195,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         }
 
 
-class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, GenerationMixin):
+class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, MultiTokenGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -271,6 +275,21 @@ class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, Ge
         )
 
 
+def _with_balance_loss(forward):
+    """A classification head's forward whose `loss` in training is the head's plus the model's balance losses."""
+
+    @can_return_tuple
+    @wraps(forward)
+    def with_balance_loss(self, *args, **kwargs):
+        aux_losses = []
+        outputs = forward(self, *args, aux_losses=aux_losses, return_dict=True, **kwargs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + sum(aux_losses)
+        return outputs
+
+    return with_balance_loss
+
+
 class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
     def __init__(self, config: DeepseekMoeConfig):
         DeepseekMoePreTrainedModel.__init__(self, config)
@@ -278,6 +297,8 @@ class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, Dee
         self.model = DeepseekMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    forward = _with_balance_loss(GenericForSequenceClassification.forward)
 
 
 class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
@@ -288,6 +309,8 @@ class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekM
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.0) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    forward = _with_balance_loss(GenericForTokenClassification.forward)
 
 
 __all__ = [

@@ -149,3 +149,21 @@ def test_gradient_checkpointing_gives_a_head_the_same_gradients(head):
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-6 * gradient.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("lineage", LINEAGES)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss_of_a_head_in_training_includes_the_balance_losses(head, lineage):
+    model = tiny_model(head_config(lineage, aux_loss_alpha=0.5), model_class=HEADS[head][1])
+    ids = real_ids(model.config)
+    labels = torch.randint(3, ids.shape if head == "token" else ids.shape[:1])
+    plain = model(ids, labels=labels).loss
+    loss = model.train()(ids, labels=labels).loss
+    torch.testing.assert_close(loss, plain + model.model(ids).aux_loss)
+    loss.backward()
+    share = model.model.layers[1].mlp.gate.weight.grad
+    assert torch.equal(model(ids, labels=labels, return_dict=False)[0], loss)
+    model.zero_grad()
+    model.config.aux_loss_alpha = 0.0
+    model(ids, labels=labels).loss.backward()
+    assert (share - model.model.layers[1].mlp.gate.weight.grad).abs().max() > 1e-4
