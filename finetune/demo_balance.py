@@ -5,7 +5,7 @@
     python -m modeling_deepseek_moe.finetune.demo_base --output bias --balance bias
     python -m modeling_deepseek_moe.finetune.demo_balance none loss bias --output DIR
 
-writes `balance.png` and `balance.json` and prints a table in Markdown.
+writes `balance.png`, `balance_experts.png` and `balance.json` and prints a table in Markdown.
 """
 
 import argparse
@@ -13,7 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modeling_deepseek_moe.finetune.demo_base import read_recipe
+from modeling_deepseek_moe.finetune.plots import expert_map
 from modeling_deepseek_moe.finetune.run_folder import aside, write_text
 
 MEASURES = {
@@ -21,21 +24,25 @@ MEASURES = {
     "max_violation": "MaxVio of a batch",
     "eval_max_violation": "MaxVio of the validation rows",
 }
-# A batch's MaxVio is a noisy number: the table has the mean of this many steps.
-_WINDOW = 100
 
 
-def compare(logs: list[dict[str, Any]], folder: Path) -> str:
+def compare(runs: list[Path], folder: Path) -> str:
     """Draw the runs over each other and put them in a table.
 
     Args:
-        logs: contents of `training_log.json`, one for each run.
-        folder: gets `balance.png` and `balance.json`.
+        runs: folders that `demo_base` has written.
+        folder: gets `balance.png` (losses and MaxVio over time), `balance_experts.png` (what each expert served in
+            all of training) and `balance.json` (the numbers of the first).
 
     Returns:
         The table in Markdown: validation loss and both kinds of MaxVio over time, a row for each run.
     """
+    logs = [json.loads((run / "training_log.json").read_text(encoding="utf-8")) for run in runs]
+    experts = [json.loads((run / "experts.json").read_text(encoding="utf-8")) for run in runs]
     folder.mkdir(parents=True, exist_ok=True)
+    tokens = {name_of(log): torch.tensor(seen["tokens"]).float() for log, seen in zip(logs, experts, strict=True)}
+    shares = {name: counts / counts.sum(dim=1, keepdim=True) for name, counts in tokens.items()}
+    expert_map(shares, experts[0]["layers"], folder / "balance_experts.png")
     series = {
         name_of(log): {
             measure: [(row["step"], row[measure]) for row in log["history"] if measure in row] for measure in MEASURES
@@ -50,12 +57,13 @@ def compare(logs: list[dict[str, Any]], folder: Path) -> str:
     lines = ["".join(header), "|---|---|" + "---|" * len(shown)]
     for measure, title in MEASURES.items():
         for name, run in series.items():
-            lines.append(f"| {title} | {name} |" + "".join(f" {_at(run[measure], step):.3f} |" for step in shown))
+            cells = "".join(f" {_at(run[measure], step, steps[0]):.3f} |" for step in shown)
+            lines.append(f"| {title} | {name} |{cells}")
     return "\n".join(lines)
 
 
 def name_of(log: dict[str, Any]) -> str:
-    """What a run is called in picture and table, e.g. `loss, alpha 0.01`."""
+    """What a run is called in pictures and tables, e.g. `expert loss, alpha 0.01 (V1)`."""
     way = read_recipe()["balances"][log["balance"]]
     alpha, speed = way["aux_loss_alpha"], way["bias_update_speed"]
     if speed:
@@ -63,9 +71,9 @@ def name_of(log: dict[str, Any]) -> str:
     return f"expert loss, alpha {alpha:g} (V1)" if alpha else "none"
 
 
-def _at(points: list[tuple[int, float]], step: int) -> float:
-    """The value at a step; of a measure that is logged more often, the mean of the steps up to it."""
-    last = [value for at, value in points if step - _WINDOW < at <= step]
+def _at(points: list[tuple[int, float]], step: int, interval: int) -> float:
+    """The value at a step; of a batch's MaxVio, a noisy number, the mean of the steps since the last evaluation."""
+    last = [value for at, value in points if step - interval < at <= step]
     return sum(last) / len(last)
 
 
@@ -98,8 +106,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that demo_base has written")
     parser.add_argument("--output", type=Path, required=True, help="folder for the picture and its numbers")
     arguments = parser.parse_args()
-    logs = [json.loads((run / "training_log.json").read_text(encoding="utf-8")) for run in arguments.runs]
-    print(compare(logs, arguments.output))
+    print(compare(arguments.runs, arguments.output))
 
 
 if __name__ == "__main__":

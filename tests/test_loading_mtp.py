@@ -13,7 +13,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 
 @pytest.mark.parametrize("modules", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
-def test_mtp_modules_are_kept_under_the_layer_numbers_behind_the_main_layers(modules, options, tmp_path):
+def test_t15_mtp_modules_are_kept_under_the_layer_numbers_behind_the_main_layers(modules, options, tmp_path):
     """FACTS T15 and T20: layers 3 and 4 of a 3-layer model, with their copies of embedding and head."""
     model = tiny_model(v3_config(num_nextn_predict_layers=modules))
     model.save_pretrained(tmp_path / "first", **options)

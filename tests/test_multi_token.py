@@ -108,7 +108,7 @@ def reference_config(depth: int):
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["all labels", "some ignored"])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_loss_and_its_gradients_equal_the_papers_formula(depth, ignored):
+def test_t16_the_loss_and_its_gradients_equal_the_papers_formula(depth, ignored):
     config = reference_config(depth)
     model = tiny_model(config).train()
     ids = tiny_ids(config, length=LENGTH)
