@@ -42,7 +42,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
@@ -51,7 +50,7 @@ from .data import load_data
 from .lora import known_warnings
 from .plots import expert_map
 from .recipe import RecipeError, make_recipe
-from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, routing_totals, share_distance
+from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 from .run_folder import write_text
 from .train import load
 
@@ -115,7 +114,7 @@ def report_experts(
             for name, source in zip(names, sources, strict=True)
         }
         try:
-            totals = _count(network, sets, batch_size)
+            counted = _count(network, sets, batch_size)
         except torch.OutOfMemoryError as error:
             reason = f"batch_size={batch_size} rows of max_length={max_length} tokens do not fit into memory"
             raise RecipeError(f"{reason}: lower one of them") from error
@@ -128,11 +127,11 @@ def report_experts(
             "claim": CLAIM,
             "data": [
                 {"name": name, "source": source, "split": split, "rows": len(one), "tokens": total.tokens}
-                for (name, one), source, (total, _) in zip(sets.items(), sources, totals, strict=True)
+                for (name, one), source, (total, _) in zip(sets.items(), sources, counted, strict=True)
             ],
-            "layers": _layers(totals),
+            "layers": [_layer(i, layer, counted) for i, layer in enumerate(moe_layers(network))],
         }
-        _draw(names, [total for total, _ in totals], scratch / PICTURE)
+        _draw(names, [total for total, _ in counted], scratch / PICTURE)
         write_text(scratch / TABLE, json.dumps(report, allow_nan=False) + "\n")
     print_report(report, folder)
     return report
@@ -207,8 +206,8 @@ def _spread(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
 
 def _count(
     model: PreTrainedModel, sets: dict[str, datasets.Dataset], batch_size: int
-) -> list[tuple[RoutingTotals, torch.Tensor | None]]:
-    """Of each set its totals, and in every layer the distance of its halves `[L]`."""
+) -> list[tuple[RoutingTotals, torch.Tensor]]:
+    """Of each set the totals, and the shares of two random halves `[2, L, E]`; of a single row `[1, L, E]`."""
     columns = (
         *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
         *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
@@ -218,26 +217,11 @@ def _count(
         tasks = [progress.add_task(name, total=len(rows), speed=0.0, start=False) for name, rows in sets.items()]
         for task, rows in zip(tasks, sets.values(), strict=True):
             show = _speedometer(progress, task)
-            halves = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tensor_split(2)
-            one, other = (routing_totals(model, _batches(rows.select(half), batch_size, show)) for half in halves)
-            found.append((one + other, share_distance(one.shares, other.shares) if len(rows) > 1 else None))
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+            halves = (padded_batches(rows.select(half), batch_size, show) for half in order.tensor_split(2))
+            one, other = (routing_totals(model, half) for half in halves)
+            found.append((one + other, torch.stack([half.shares for half in (one, other) if half.tokens])))
     return found
-
-
-def _batches(
-    rows: datasets.Dataset, batch_size: int, done: Callable[[int, int], None]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches of rows; tells `done` the rows and tokens of each that was used."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    # Rows of like length together need little padding; the longest first show at once whether memory is enough.
-    order = sorted(range(len(rows)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), batch_size):
-        ids = [torch.tensor(rows[row]["input_ids"]) for row in order[start : start + batch_size]]
-        yield {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }
-        done(len(ids), sum(len(row) for row in ids))
 
 
 def _speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
@@ -252,31 +236,27 @@ def _speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]
     return show
 
 
-def _layers(sets: list[tuple[RoutingTotals, torch.Tensor | None]]) -> list[dict[str, Any]]:
-    """The report's `layers`."""
-    shares = [total.shares for total, _ in sets]
-    layers = []
-    for i, layer in enumerate(sets[0][0].layers):
-        row: dict[str, Any] = {"layer": layer, "loads": []}
-        for share, (total, halves) in zip(shares, sets, strict=True):
-            counts = total.counts[i]
-            row["loads"].append(
-                {
-                    "counts": counts.tolist(),
-                    "share": share[i].tolist(),
-                    "mean_weight": (total.weights[i] / total.tokens).tolist(),
-                    "load_entropy": _rounded(load_entropy(counts)),
-                    "max_violation": _rounded(max_violation(counts)),
-                    "unused_experts": _rounded(unused_share(counts)),
-                    "distance_of_halves": None if halves is None else _rounded(halves[i]),
-                }
-            )
-        if len(shares) == 2:
-            one, other = shares[0][i], shares[1][i]
-            row["distance"] = _rounded(share_distance(one, other))
-            row["claimed"] = [claimed_experts(one, other), claimed_experts(other, one)]
-        layers.append(row)
-    return layers
+def _layer(i: int, layer: int, sets: list[tuple[RoutingTotals, torch.Tensor]]) -> dict[str, Any]:
+    """The report's entry on one layer, the i-th with experts."""
+    entry: dict[str, Any] = {"layer": layer, "loads": []}
+    for total, halves in sets:
+        counts = total.counts[i]
+        entry["loads"].append(
+            {
+                "counts": counts.tolist(),
+                "share": total.shares[i].tolist(),
+                "mean_weight": (total.weights[i] / total.tokens).tolist(),
+                "load_entropy": _rounded(load_entropy(counts)),
+                "max_violation": _rounded(max_violation(counts)),
+                "unused_experts": _rounded(unused_share(counts)),
+                "distance_of_halves": _rounded(share_distance(*halves[:, i])) if len(halves) == 2 else None,
+            }
+        )
+    if len(sets) == 2:
+        (one, ones), (other, others) = ((total.shares[i], halves[:, i]) for total, halves in sets)
+        entry["distance"] = _rounded(share_distance(one, other))
+        entry["claimed"] = [claimed_experts(ones, others), claimed_experts(others, ones)]
+    return entry
 
 
 def _rounded(value: torch.Tensor) -> float | None:
@@ -299,19 +279,23 @@ def _load_table(report: dict[str, Any], number: int) -> Table:
         caption=f"busiest experts: id and share of the tokens' choices; even is {even:.2%}",
         caption_justify="left",
     )
-    for column in ("layer", "load\nentropy", "MaxVio", "unused"):
+    loads = [row["loads"][number] for row in report["layers"]]
+    experts = len(loads[0]["counts"])
+    for column in ("layer", "load\nentropy", "MaxVio", f"unused\nof {experts}"):
         table.add_column(column, justify="right")
     table.add_column("busiest experts")
-    for row in report["layers"]:
-        load = row["loads"][number]
-        busiest = sorted(enumerate(load["share"]), key=lambda item: -item[1])[:_BUSIEST]
+    for row, one in zip(report["layers"], loads, strict=True):
+        busiest = sorted(enumerate(one["share"]), key=lambda item: -item[1])[:_BUSIEST]
         table.add_row(
             str(row["layer"]),
-            _number(load["load_entropy"]),
-            _number(load["max_violation"]),
-            f"{load['counts'].count(0)} of {len(load['counts'])}",
+            _number(one["load_entropy"]),
+            _number(one["max_violation"]),
+            str(one["counts"].count(0)),
             ", ".join(f"{expert} {share:.1%}" for expert, share in busiest),
         )
+    table.add_section()
+    means = [_mean([one[name] for one in loads]) for name in ("load_entropy", "max_violation", "unused_experts")]
+    table.add_row("mean", *map(_number, means[:2]), f"{experts * means[2]:.1f}")
     return table
 
 
@@ -330,20 +314,25 @@ def _comparison_table(report: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name in (one, other):
         table.add_column(Text(f"claimed by {name}"), overflow="fold")
+    all_halves = []
     for row in report["layers"]:
-        halves = [load["distance_of_halves"] for load in row["loads"]]
-        table.add_row(
-            str(row["layer"]),
-            _number(row["distance"]),
-            _number(None if None in halves else max(halves)),
-            *(_listed(claimed) for claimed in row["claimed"]),
-        )
+        halves = [one["distance_of_halves"] for one in row["loads"]]
+        all_halves.append(None if None in halves else max(halves))
+        listed = (_listed(claimed) for claimed in row["claimed"])
+        table.add_row(str(row["layer"]), _number(row["distance"]), _number(all_halves[-1]), *listed)
+    table.add_section()
+    means = (_mean([row["distance"] for row in report["layers"]]), _mean(all_halves))
+    table.add_row("mean", *map(_number, means))
     return table
 
 
 def _listed(experts: list[int]) -> str:
     more = f" and {len(experts) - _LISTED} more" if len(experts) > _LISTED else ""
     return ", ".join(str(expert) for expert in experts[:_LISTED]) + more if experts else "none"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)
 
 
 def _number(value: float | None) -> str:

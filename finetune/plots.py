@@ -51,7 +51,8 @@ def expert_map(
         shares: title to share of the tokens `[layers, E]`; these maps have one scale.
         layers: layer index of every row.
         path: the picture.
-        differences: title to one share minus another `[layers, E]`, drawn below on a scale of its own around 0.
+        differences: title to one share minus another `[layers, E]`, drawn below on a scale of its own around 0; it
+            reaches to 0.2 even shares at least, so that chance stays pale.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -60,33 +61,39 @@ def expert_map(
 
     differences = differences or {}
     rows, experts = next(iter(shares.values())).shape
-    count, height = len(shares) + len(differences), min(7.5, max(1.5, rows / 5))
-    figure = Figure(figsize=(min(16, max(7, 2.5 + experts / 8)), count * (height + 0.9)), layout="constrained")
+    # In inches; a map has room around it for its labels.
+    height, width = min(7.5, max(1.5, rows / 5)), min(14.4, max(5.4, 1 + experts / 8))
+    whole = (width + 1.6, (len(shares) + len(differences)) * (height + 0.9))
+    figure = Figure(figsize=whole)
     FigureCanvasAgg(figure)
-    # A square root keeps small shares apart where one expert has many times the even one.
-    shared_norm = PowerNorm(0.5, 0, max(2, *(share.max().item() * experts for share in shares.values())))
-    limit = max((share.abs().max().item() * experts for share in differences.values()), default=0) or 1
-    axes_of_map = iter(figure.subplots(count, 1, squeeze=False)[:, 0])
+    tops = iter(whole[1] - 0.35 - number * (height + 0.9) for number in range(len(shares) + len(differences)))
 
     def draw(title: str, values: torch.Tensor, norm: Normalize, colors: Any, label: str) -> None:
-        axes = next(axes_of_map)
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
+        bottom = next(tops) - height
+        axes, bar = (
+            figure.add_axes((left / whole[0], bottom / whole[1], size / whole[0], height / whole[1]))
+            for left, size in ((0.6, width), (width + 0.7, 0.15))
+        )
+        image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
         axes.set_title(title, loc="left", parse_math=False)
         axes.set(xlabel="expert", ylabel="layer")
         step = -(-rows // 20)
         axes.set_yticks(range(0, rows, step), [str(layer) for layer in layers[::step]])
         axes.set_xticks(range(0, experts, -(-experts // 32)))
-        figure.colorbar(image, ax=axes, pad=0.01, aspect=max(8, 4 * height)).set_label(label, size="small")
+        figure.colorbar(image, cax=bar).set_label(label, size="small")
 
+    # A square root keeps small shares apart where one expert has many times the even one.
+    common = PowerNorm(0.5, 0, max(2, *(share.max().item() * experts for share in shares.values())))
     for title, share in shares.items():
         unused = share == 0
         draw(
             f"{title} (grey: unused)" if unused.any() else title,
             (share.double() * experts).masked_fill(unused, float("nan")).cpu(),
-            shared_norm,
+            common,
             colormaps["viridis"].with_extremes(bad="0.8"),
             "times the even share",
         )
+    limit = max(0.2, *(share.abs().max().item() * experts for share in differences.values()), 0)
     for title, difference in differences.items():
         values = difference.double().cpu() * experts
         draw(title, values, Normalize(-limit, limit), colormaps["RdBu_r"], "difference, in even shares")

@@ -1,9 +1,11 @@
 """What the routers of a model do with a set of rows, and how two sets differ in that."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
+import datasets
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .load_counter import LoadCounter
@@ -11,12 +13,13 @@ from .recipe import RecipeError
 
 CLAIM_FACTOR = 2
 CLAIM = (
-    "a set claims an expert that serves more than the even share of its tokens, and at least "
-    f"{CLAIM_FACTOR} times its share of the other set's"
+    "a set claims an expert whose share of its tokens is above the even share and at least "
+    f"{CLAIM_FACTOR} times the expert's share of the other set, whichever random half of the rows of either is taken"
 )
 
 
-class RoutingTotals(NamedTuple):
+@dataclass(frozen=True)
+class RoutingTotals:
     """Sums over all tokens of some rows, for L MoE layers of E experts.
 
     Attributes:
@@ -53,6 +56,28 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     if not config.has_experts:
         raise RecipeError(f"model {model.name_or_path!r} has no layer with routed experts")
     return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+
+
+def padded_batches(
+    rows: datasets.Dataset, batch_size: int, done: Callable[[int, int], None] = lambda rows, tokens: None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`input_ids` and `attention_mask` `[B, T]` of `batch_size` rows each, the longest rows first.
+
+    Args:
+        rows: with `input_ids`.
+        batch_size: B.
+        done: told the number of rows and tokens of every batch that was used.
+    """
+    # Rows of like length together need little padding; the longest first show at once whether memory is enough.
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), batch_size):
+        ids = [torch.tensor(rows[row]["input_ids"]) for row in order[start : start + batch_size]]
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        done(len(ids), sum(len(row) for row in ids))
 
 
 def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> RoutingTotals:
@@ -111,7 +136,15 @@ def share_distance(share: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (share - other).abs().sum(dim=-1) / 2
 
 
-def claimed_experts(share: torch.Tensor, other: torch.Tensor) -> list[int]:
-    """Ids, busiest first, of the experts that a set with `share` `[E]` claims against one with `other`, by `CLAIM`."""
-    claimed = (share > 1 / len(share)) & (share >= CLAIM_FACTOR * other)
-    return [expert for expert in share.argsort(descending=True, stable=True).tolist() if claimed[expert]]
+def claimed_experts(shares: torch.Tensor, others: torch.Tensor) -> list[int]:
+    """Ids of the experts that a set claims against another, by the rule in `CLAIM`; the busiest first.
+
+    Halves must agree because chance alone gives an expert of few tokens twice the share, the oftener the more experts.
+
+    Args:
+        shares: of the set's halves `[2, E]`, or of all its rows `[1, E]`.
+        others: of the other set, likewise.
+    """
+    least, most = shares.amin(dim=0), others.amax(dim=0)
+    claimed = (least > 1 / len(least)) & (least >= CLAIM_FACTOR * most)
+    return [expert for expert in least.argsort(descending=True, stable=True).tolist() if claimed[expert]]

@@ -23,15 +23,16 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from modeling_deepseek_moe import CheckpointError
-
-        from .finetune.recipe import RecipeError
-
         try:
-            verb(*args, **kwargs)
-        except (RecipeError, CheckpointError) as error:
-            _complain(" ".join(str(error).split()))
-            raise typer.Exit(1) from error
+            from modeling_deepseek_moe import CheckpointError
+
+            from .finetune.recipe import RecipeError
+
+            try:
+                verb(*args, **kwargs)
+            except (RecipeError, CheckpointError) as error:
+                _complain(" ".join(str(error).split()))
+                raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop

@@ -32,6 +32,11 @@ class MultiTokenGenerationMixin(GenerationMixin):
             )
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError("use_mtp=True reads the prompt's input_ids: pass them instead of inputs_embeds")
+        if seen := model_kwargs["past_key_values"].get_seq_length():
+            raise ValueError(
+                f"use_mtp=True begins with an empty cache, and past_key_values holds {seen} tokens: "
+                "pass the whole sequence without past_key_values"
+            )
         if self.training and any(layer.gradient_checkpointing for layer in self.model.layers):
             raise ValueError(
                 "use_mtp=True needs the key-value cache, which gradient checkpointing turns off in training mode: "
@@ -140,11 +145,14 @@ class ModuleCache(DynamicCache):
 
 def _real_tokens(input_ids, states, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
     """The real token after each real token but the last, `[1, n]`, and the main model's states before them."""
-    # A continued cache leaves states of the new tokens only; a virtual prompt adds some that have no token.
-    length = min(states.shape[1], input_ids.shape[1] - 1)
-    tokens, states = input_ids[:, -length:], states[:, -length:]
+    if states.shape[1] != input_ids.shape[1] - 1:
+        raise ValueError(
+            f"use_mtp=True needs one state a token of the prompt, and the model made {states.shape[1]} for "
+            f"{input_ids.shape[1] - 1} tokens: virtual tokens (prompt tuning) only work without use_mtp"
+        )
+    tokens = input_ids[:, 1:]
     if attention_mask is not None:
-        is_real = attention_mask[0, -length - 1 :].bool()
+        is_real = attention_mask[0].bool()
         states = states[:, is_real[:-1]]
         tokens = tokens[:, is_real[1:]][:, -states.shape[1] :]
     return tokens, states

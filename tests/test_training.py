@@ -246,20 +246,6 @@ def test_t31_every_layer_returns_bfloat16_in_bfloat16_training(lineage):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_t27_no_optimizer_and_no_weight_decay_moves_the_routing_bias(tmp_path):
-    model = training_model("v3")
-    biases = {name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    assert len(biases) == 3 and not any("bias" in name for name, _ in model.named_parameters())
-    ids = tiny_ids(model.config, batch=4)
-    options = {"max_steps": 3, "per_device_train_batch_size": 4, "weight_decay": 0.5, "learning_rate": 0.1}
-    trainer = trainer_of(model, ids, tmp_path, **options)
-    trainer.train()
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters()}
-    for name, before in biases.items():
-        assert torch.equal(model.get_buffer(name), before) and before.abs().sum() > 0, name
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.3], ids=["frozen", "trained"])
 def test_trainer_moves_the_mtp_module_only_when_its_loss_has_a_weight(weight, tmp_path):
     model = training_model("v3", mtp_loss_weight=weight)
