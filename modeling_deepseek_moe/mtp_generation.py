@@ -94,21 +94,22 @@ class MultiTokenCandidateGenerator(CandidateGenerator):
         embed = self.model.get_input_embeddings()
         embeds, logits = embed(tokens), []
         for k, module in enumerate(self.modules[:depth], start=1):
-            # Module k saw up to k - 1 drafts that are other tokens by now, or are drafted once more.
+            # Its last positions saw up to k - 1 drafts: those not accepted are other tokens now, or drafted again.
             count = min(max(new, k), self.length)
-            seen = self.length - count
             module.forget(count - new)
+            ahead = embeds[:, -count:]
             arguments = self.model.model.layer_arguments(
-                embeds[:, -count:], None, None, past_key_values=module.cache, seen=seen
+                ahead, None, None, past_key_values=module.cache, seen=self.length - count
             )
-            states = module(states[:, -count:], embeds[:, -count:], **arguments)
-            logits.append(self.model.lm_head(states[:, -1]).to(input_ids.device, torch.float32))
+            states = module(states[:, -count:], ahead, **arguments)
+            scores = self.model.lm_head(states[:, -1]).to(input_ids.device, torch.float32)
             if self.logits_processor:
-                logits[-1] = self.logits_processor(input_ids, logits[-1])
+                scores = self.logits_processor(input_ids, scores)
             if self.do_sample:
-                draft = torch.multinomial(logits[-1].softmax(dim=-1), num_samples=1)
+                draft = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
             else:
-                draft = logits[-1].argmax(dim=-1, keepdim=True)
+                draft = scores.argmax(dim=-1, keepdim=True)
+            logits.append(scores)
             input_ids = torch.cat((input_ids, draft), dim=1)
             if k < depth:
                 embeds = torch.cat((embeds, embed(draft)), dim=1)
@@ -130,7 +131,7 @@ class DraftModule:
             self.states = self.states[:, : self.states.shape[1] - count]
 
     def __call__(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **arguments) -> torch.Tensor:
-        """States of the given positions, behind that of the position before them: the next module may need it."""
+        """States of the given positions, after that of the position before them: the next module may need it."""
         states, _ = self.layer(hidden_states, inputs_embeds, past_key_values=self.cache, **arguments)
         self.states = states if self.states is None else torch.cat((self.states[:, -1:], states), dim=1)
         return self.states

@@ -17,6 +17,7 @@ from modeling_deepseek_moe.finetune import experts_report
 from modeling_deepseek_moe.finetune.data import encode
 from modeling_deepseek_moe.finetune.experts_report import report_experts
 from modeling_deepseek_moe.finetune.lora import known_warnings, lora_config
+from modeling_deepseek_moe.finetune.plots import expert_map
 from modeling_deepseek_moe.finetune.recipe import RecipeError
 from modeling_deepseek_moe.finetune.routing import padded_batches, routing_totals
 
@@ -96,10 +97,25 @@ def test_a_comparison_follows_from_the_counts(compared):
     assert all(compared["layers"][1]["claimed"]), "each of these sets claims an expert"
 
 
-def test_a_set_compared_with_itself_claims_nothing(tmp_path, base, one):
+def test_a_set_compared_with_itself_claims_nothing(tmp_path, base, one, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(experts_report, "expert_map", lambda *args: drawn.append(args) or expert_map(*args))
     report = report_experts(base, one, one, tmp_path)
     assert [data["name"] for data in report["data"]] == ["one.jsonl", "one.jsonl (again)"]
     assert [(layer["distance"], layer["claimed"]) for layer in report["layers"]] == [(0, [[], []])] * 2
+    ((shares, layers, _, differences),) = drawn
+    assert (len(shares), layers, len(differences)) == (2, [1, 2], 1)
+    assert not any(difference.any() for difference in differences.values())
+
+
+def test_what_half_of_a_set_does_is_no_claim(tmp_path, base):
+    """An expert of one row's words only: chance alone could have put that row into the set."""
+    rows = [{"text": "w1 w2 w3 w1 w2 w3"}, {"text": "w44 w55 w66 w44 w55 w66"}]
+    two = write_jsonl(tmp_path / "two.jsonl", rows)
+    report = report_experts(base, two, write_jsonl(tmp_path / "one.jsonl", rows[1:] * 2), tmp_path)
+    shares = [torch.tensor([load["share"] for load in loads(report, number)]) for number in (0, 1)]
+    assert ((shares[0] > 1 / 8) & (shares[0] >= 2 * shares[1])).any(), "the whole set would claim one"
+    assert [layer["claimed"][0] for layer in report["layers"]] == [[], []]
 
 
 def test_halves_of_a_set_tell_chance_from_difference(tmp_path, base):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import demo_corpus
@@ -305,7 +305,11 @@ def test_sampling_with_drafts_keeps_the_main_models_distribution(rounds):
 
 
 def test_the_shipped_base_accepts_most_drafts_of_answers_it_learned(rounds):
-    """Answers to tasks of the pretraining kinds, held out; a module that guessed would be right once in 1024 times."""
+    """Held-out tasks of the kinds it was pretrained on.
+
+    The base of the repository has about 0.7 over a hundred tasks; 0.4 leaves room for five tasks and for a base
+    pretrained anew. A module out of step with its training, or untrained, is near 0.
+    """
     folder = resources.files("modeling_deepseek_moe.model_cards") / "demo_base"
     model = DeepseekMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -314,62 +318,3 @@ def test_the_shipped_base_accepts_most_drafts_of_answers_it_learned(rounds):
         ids = tokenizer(BOS + document.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         assert torch.equal(greedy(model, ids, steps=32, use_mtp=True), greedy(model, ids, steps=32))
     assert share_accepted(rounds) > 0.4
-
-
-def no_modules():
-    model = mtp_model()
-    model.remove_mtp_layers()
-    return model
-
-
-def checkpointing():
-    model = mtp_model().train()
-    model.gradient_checkpointing_enable()
-    return model
-
-
-@pytest.mark.parametrize(
-    "make_model, batch, options, message",
-    [
-        (no_modules, 1, {}, "num_nextn_predict_layers=0.*generate without use_mtp"),
-        (mtp_model, 3, {}, "one sequence at a time, got a batch of 3"),
-        (checkpointing, 1, {}, r"gradient checkpointing.*model\.eval\(\)"),
-        (mtp_model, 1, {"use_cache": False}, "requires `use_cache=True`"),
-        (mtp_model, 1, {"cache_implementation": "static"}, "not supported with Static cache"),
-        (mtp_model, 1, {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences has to be 1"),
-    ],
-    ids=["no modules", "batch of 3", "gradient checkpointing", "no cache", "static cache", "two sequences"],
-)
-def test_what_cannot_be_drafted_is_one_line(make_model, batch, options, message):
-    model = make_model()
-    ids = tiny_ids(model.config, batch=batch)
-    with pytest.raises(ValueError, match=message) as raised:
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, use_mtp=True, **{"do_sample": False, **options}
-        )
-    assert "\n" not in str(raised.value)
-
-
-def test_embeddings_instead_of_ids_are_one_line():
-    model = mtp_model()
-    embeds = model.get_input_embeddings()(tiny_ids(model.config, batch=1))
-    with pytest.raises(ValueError, match="pass them instead of inputs_embeds$"):
-        model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, use_mtp=True)
-
-
-def test_a_cache_that_is_not_empty_is_one_line():
-    """transformers' assisted decoding would run the whole prompt on top of it."""
-    model = mtp_model()
-    ids, cache = tiny_ids(model.config, batch=1), DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids[:, :8], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values holds 8 tokens: pass the whole sequence without .*$"):
-        greedy(model, ids, past_key_values=cache, use_mtp=True)
-
-
-def test_a_virtual_prompt_is_one_line():
-    model = mtp_model()
-    peft_model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
-    ids = tiny_ids(model.config, batch=1)
-    with pytest.raises(ValueError, match=r"made 17 for 12 tokens: virtual tokens \(prompt tuning\).*$"):
-        greedy(peft_model, ids, use_mtp=True)
