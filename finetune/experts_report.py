@@ -1,7 +1,7 @@
 """`deepseek-moe experts`: which routed experts serve a set of rows, and which of them each of two sets claims.
 
-Every token of the rows counts, learned or only read, and no padding. E routed experts in a layer, K of them chosen for
-a token. `experts.json` holds
+Every token of a row counts, learned or only read, and no padding; rows with nothing to learn are left out, with a
+warning, as in training. E routed experts in a layer, K of them chosen for a token. `experts.json` holds
 
     model, adapter, dtype, top_k    what ran
     even_share, claim               1/E, and the rule behind `claimed` in words

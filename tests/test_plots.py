@@ -42,6 +42,8 @@ def test_the_map_of_a_difference_has_a_scale_of_its_own_around_zero(tmp_path):
 @pytest.mark.parametrize("rows, experts", [(58, 256), (1, 1)], ids=["58 layers of 256 experts", "one of one"])
 def test_pictures_of_all_sizes_stay_viewable(tmp_path, rows, experts):
     share = torch.rand(rows, experts, generator=torch.Generator().manual_seed(0))
-    expert_map({"a $\\name{$ of_any kind": share / share.sum(1, keepdim=True)}, list(range(rows)), tmp_path / "map.png")
+    expert_map(
+        {"a $\\name{$ of_any kind": share / share.sum(1, keepdim=True)}, list(range(rows)), tmp_path / "map.png"
+    )
     height, width, _ = imread(tmp_path / "map.png").shape
     assert 500 < width < 2000 and 200 < height < 1200
