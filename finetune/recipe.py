@@ -41,6 +41,7 @@ _OWN_INSTEAD = {
     "hub_model_id": "set `hub_id`",
     "hub_private_repo": "set `hub_private`",
     "hub_token": "tokens do not belong in a recipe: run `hf auth login`",
+    "label_smoothing_factor": "the Trainer would replace the model's losses by one of its own, on unshifted labels",
     "resume_from_checkpoint": "the same recipe run again resumes by itself",
 }
 

@@ -82,6 +82,10 @@ def test_a_shipped_recipe_needs_only_data_and_a_folder(name):
         ({"max_length": 1}, "needs at least 2 tokens"),
         ({"eval_fraction": 1}, "from 0 to below 1"),
         ({"bias_update_speed": 0.001, "lora.targets": "all"}, "set it to 0 to freeze the bias, or set merge: true"),
+        (
+            {"training.label_smoothing_factor": 0.1},
+            "`training.label_smoothing_factor` is not a recipe key: the Trainer",
+        ),
         ({"losses.aux_loss_alfa": 0.1}, "unknown recipe key `losses.aux_loss_alfa`: did you mean"),
         ({"losses.aux_loss_alpha": "big"}, "`losses.aux_loss_alpha` is 'big', text; it must be a number"),
         ({"training.output_dir": "x"}, "`training.output_dir` is not a recipe key: set `output_dir`"),
