@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_ids
-from tiny_run import counting_rows, tiny_base, tiny_values, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tiny_run import counting_rows, stop_at, tiny_base, tiny_values, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
@@ -50,27 +50,6 @@ def assert_same(one, other):
     """Bit-equal: the same float32 operations in the same order."""
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-class StopAt(TrainerCallback):
-    """Ctrl-C during a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def stop_at(monkeypatch, step):
-    """Let every run stop as by Ctrl-C after `step` steps."""
-    real = train.FineTuner.__init__
-
-    def patched(self, *args, callbacks, **kwargs):
-        real(self, *args, callbacks=[*callbacks, StopAt(step)], **kwargs)
-
-    monkeypatch.setattr(train.FineTuner, "__init__", patched)
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompt", "text"])

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tiny_run import tiny_base, tiny_values
-from transformers import TrainerCallback
+from tiny_run import stop_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
@@ -28,31 +27,13 @@ def biases(folder) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in buffers if name.endswith("e_score_correction_bias")}
 
 
-class StopAt(TrainerCallback):
-    """Ctrl-C when a step is over."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_adapters_with_a_moving_bias_end_in_a_merged_model_that_has_it(tmp_path, base, monkeypatch):
     """Also when the run was stopped: its checkpoints hold the biases that PEFT's do not."""
     moving = {"merge": True, "bias_update_speed": 0.01}
     train.run(make_recipe(values(tmp_path / "at_once", base, **moving)))
     stopped = make_recipe(values(tmp_path / "in_two", base, **moving))
-    prepare = train.prepare
     with monkeypatch.context() as patch:
-
-        def prepare_to_stop(*arguments):
-            trainer = prepare(*arguments)
-            trainer.add_callback(StopAt(5))
-            return trainer
-
-        patch.setattr(train, "prepare", prepare_to_stop)
+        stop_at(patch, 5)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-4"):
             train.run(stopped)
     train.run(stopped)

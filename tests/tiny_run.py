@@ -6,7 +6,9 @@ from typing import Any
 
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from modeling_deepseek_moe.finetune import train
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<user>", "<bot>"]
 WORDS = [f"w{number}" for number in range(80)]
@@ -73,3 +75,24 @@ def tiny_values(folder: Path, base: Path, kind: str = "prompt", **overrides: Any
         "training.disable_tqdm": True,
         **overrides,
     }
+
+
+class StopAt(TrainerCallback):
+    """Ctrl-C during a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def stop_at(monkeypatch, step):
+    """Let every run stop as by Ctrl-C after `step` steps."""
+    real = train.FineTuner.__init__
+
+    def patched(self, *args, callbacks, **kwargs):
+        real(self, *args, callbacks=[*callbacks, StopAt(step)], **kwargs)
+
+    monkeypatch.setattr(train.FineTuner, "__init__", patched)
