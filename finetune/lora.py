@@ -87,6 +87,8 @@ def lora_config(
     """
     from peft import LoraConfig
 
+    from modeling_deepseek_moe.expert_lora import register_expert_lora
+
     if isinstance(targets, str):
         targets = [targets]
     targets = list(targets)
@@ -112,13 +114,14 @@ def lora_config(
                 f"modules: leave {option} out, or leave these words out"
             )
     task = next(task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending))
-    return LoraConfig(
+    config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         target_modules=_pattern([name for word in words if word in _MODULES for name in found[word]]),
         target_parameters=[name for word in stacked for name in found[word]],
         **{"task_type": task, **peft_options},
     )
+    return register_expert_lora(config, model) if "routed_experts" in stacked else config
 
 
 def _find(model: "PreTrainedModel", layers: int | Iterable[int] | None) -> dict[str, list[str]]:

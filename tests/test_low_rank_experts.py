@@ -222,6 +222,15 @@ def test_nothing_of_the_size_of_the_experts_weights_is_built(every_way, dtype):
     assert largest.numel >= experts.gate_up_proj.numel()
 
 
+def test_half_precision_products_come_in_few_sizes_on_cpu():
+    """oneDNN prepares itself anew for each: 1024 prepared products are kept, of 14 sizes a layer and row count."""
+    counts = range(1, 4097)
+    filled = [low_rank_experts._filled(count, torch.bfloat16) for count in counts]
+    assert len(set(filled)) < 1024 // 14
+    assert all(count <= rows < 1.25 * count + 16 for count, rows in zip(counts, filled, strict=True))
+    assert [low_rank_experts._filled(count, torch.float32) for count in counts] == [*counts]
+
+
 def test_saved_for_the_backward_pass_are_gate_and_up_and_low_ranks_only():
     torch.manual_seed(0)
     experts, adapters, inputs = make_experts(), make_adapters(RANKS["both"]), make_inputs("uniform", 40)

@@ -1,0 +1,186 @@
+"""LoRA on stacked routed experts that never builds `W + B A`: the low-rank path runs on the tokens of each expert.
+
+PEFT's own layer for stacked weights adds `B A` to the weights of all experts in every forward pass, and differentiates
+that in the backward pass. The layer here keeps PEFT's parameters, names, merging and files, and replaces the pass:
+
+    model = get_peft_model(model, register_expert_lora(config, model))
+    model = load_adapter(model, "folder or Hub id")  # PeftModel.from_pretrained would give PEFT's own layer
+
+It serves every class that follows transformers' experts interface with `gate_up_proj [E, 2I, H]` and
+`down_proj [E, H, I]` without biases: DeepseekMoe, `deepseek_v3`, Qwen3-MoE, Mixtral, OLMoE and their like.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners import lora
+from torch import nn
+
+from .low_rank_experts import Adapter, expert_lora
+
+# Names of one and the same product: computing it here changes the order of some additions and nothing else.
+_SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", None)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTERFACE = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
+_WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+class ParamWrapper(lora.ParamWrapper):
+    """PEFT's wrapper of one stacked weight, with a pass whose work grows with the tokens and not with the experts.
+
+    PEFT recognises wrappers of parameters by this name. The outermost wrapper of an experts module does the work of
+    all of them. The experts' own products are computed here too, in the dtype of their weights, whichever of "eager",
+    "grouped_mm" and "batched_mm" `experts_implementation` names; only where all adapters are disabled or merged does
+    the named one run.
+
+    PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
+    `experts_implementation`, hooks on the experts, base weights that are trained, quantised or sharded.
+    Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
+    `torch.compile` breaks its graph here.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`hidden_states [N, H], top_k_index [N, K], top_k_weights [N, K]` -> `[N, H]`, as the experts' forward."""
+        self._check_forward_args(x, *args, **kwargs)
+        chain = list(self._chain())
+        adapters = {wrapper.parameter_name: _active_adapters(wrapper) for wrapper in chain}
+        experts = self.get_base_layer()
+        if not any(adapters.values()) or _is_in_pefts_pass(experts):
+            return super().forward(x, *args, **kwargs)
+        reason = _needs_peft(chain, experts)
+        if reason is None and (kwargs or len(args) != 2):
+            reason = "the experts are not called with (hidden_states, top_k_index, top_k_weights)"
+        if reason is not None:
+            warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
+            return super().forward(x, *args, **kwargs)
+        return expert_lora(experts, x, *args, *(adapters.get(name, []) for name in _WEIGHTS))
+
+    def _chain(self) -> "Iterator[lora.ParamWrapper]":
+        module = self
+        while isinstance(module, lora.ParamWrapper):
+            yield module
+            module = module.base_layer
+
+
+def register_expert_lora(lora_config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Let `get_peft_model(model, lora_config)` put the layer of this module on the routed experts it adapts.
+
+    Args:
+        lora_config: names stacked weights in `target_parameters`, such as `["experts.gate_up_proj"]`. What it
+            targets, and what is saved of it, stays as it is.
+        model: the model that will be adapted.
+
+    Returns:
+        `lora_config`.
+
+    Raises:
+        ValueError: targeted experts do not follow the interface, or the model has none that do.
+    """
+    classes = _classes(lora_config, model)
+    if not classes:
+        raise ValueError(f"{type(model).__name__} has no routed experts that follow transformers' experts interface")
+    lora_config._register_custom_module(dict.fromkeys(classes, ParamWrapper))
+    return lora_config
+
+
+def load_adapter(
+    model: nn.Module, adapter: str, adapter_name: str = "default", is_trainable: bool = False, **options: Any
+) -> PeftModel:
+    """`PeftModel.from_pretrained` with the layer of this module on the routed experts.
+
+    Args:
+        model: the base model, or a `PeftModel` that gets one adapter more.
+        adapter: folder or Hub id of an adapter saved by PEFT.
+        adapter_name, is_trainable, **options: as in `PeftModel.from_pretrained`.
+    """
+    location = {key: options[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in options}
+    config = PeftConfig.from_pretrained(adapter, **location)
+    config.inference_mode = not is_trainable
+    if isinstance(config, LoraConfig) and _classes(config, model):
+        register_expert_lora(config, model)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, adapter, adapter_name, is_trainable, config=config, **options)
+    if adapter_name not in model.peft_config:
+        model.add_adapter(adapter_name, config)
+        model.set_requires_grad(adapter_name, requires_grad=is_trainable)
+    model.load_adapter(adapter, adapter_name, is_trainable=is_trainable, **options)
+    return model
+
+
+def _classes(lora_config: LoraConfig, model: nn.Module) -> set[type[nn.Module]]:
+    """Classes of the model's experts that can be served here."""
+    classes = set()
+    for name, module in model.named_modules():
+        stacked = [key for key, parameter in module.named_parameters(recurse=False) if len(_shape(parameter)) == 3]
+        if not stacked:
+            continue
+        departure = _departure(module)
+        if departure is None:
+            classes.add(type(module))
+        elif _targets(lora_config, name, stacked):
+            raise ValueError(f"{name} ({type(module).__name__}) {departure}: only PEFT's own layer can adapt it")
+    return classes
+
+
+def _targets(lora_config: LoraConfig, module: str, parameters: Iterable[str]) -> bool:
+    names = [f".{module}.{parameter}".replace(".base_layer", "") for parameter in parameters]
+    return any(name.endswith(f".{target}") for name in names for target in lora_config.target_parameters or ())
+
+
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 keeps the whole one there
+
+
+def _departure(experts: nn.Module) -> str | None:
+    """What keeps a module with stacked weights from being served here."""
+    if not hasattr(type(experts).forward, "__wrapped__") or not hasattr(experts, "_apply_gate"):
+        return "does not follow transformers' experts interface"
+    for flag, expected in _INTERFACE.items():
+        if (value := getattr(experts, flag, expected)) != expected:
+            return f"has {flag}={value}"
+    gate_up, down = (_shape(getattr(experts, name, torch.empty(0))) for name in _WEIGHTS)
+    if len(gate_up) != 3 or down != (gate_up[0], gate_up[2], gate_up[1] // 2):
+        return f"has gate_up_proj {gate_up} and down_proj {down}, not (E, 2I, H) and (E, H, I)"
+    return None
+
+
+def _active_adapters(wrapper: lora.ParamWrapper) -> list[Adapter]:
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return [
+        Adapter(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name])
+        for name in wrapper.active_adapters
+        if name in wrapper.lora_A
+    ]
+
+
+def _is_in_pefts_pass(experts: nn.Module) -> bool:
+    """Whether a wrapper around has already added its `B A` to the weights."""
+    lists = getattr(experts, "parametrizations", {}).values()
+    return any(type(parametrization).__module__.startswith("peft.") for each in lists for parametrization in each)
+
+
+def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | None:
+    """Why the result, or a side effect, could differ from that of PEFT's pass."""
+    if (name := getattr(experts.config, "_experts_implementation", None)) not in _SAME_PRODUCT:
+        return f"experts_implementation={name!r} is not one of eager, grouped_mm, batched_mm"
+    if hasattr(experts, "parametrizations"):
+        return "the base weights are parametrized"
+    if other := [wrapper.parameter_name for wrapper in chain if wrapper.parameter_name not in _WEIGHTS]:
+        return f"{other[0]} is adapted too"
+    for name in _WEIGHTS:
+        weight = getattr(experts, name)
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.ndim != 3 or weight.dtype not in _DTYPES:
+            return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
+        if weight.requires_grad and torch.is_grad_enabled():
+            return f"{name} itself is trained"
+    for module in (*chain[1:], experts):
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        # accelerate's hook on a module that stays on its device only moves inputs there.
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", True)
+        if any(hooks) or ("forward" in vars(module) and offloaded):
+            return f"{type(module).__name__} has hooks"
+    return None
