@@ -92,7 +92,8 @@ def load_adapter(
     """`PeftModel.from_pretrained` with the layer of this module on the routed experts.
 
     Args:
-        model: the base model, or a `PeftModel` that gets one adapter more.
+        model: the base model, or a `PeftModel` that gets one adapter more; experts that it adapts already keep
+            their layer.
         adapter: folder or Hub id of an adapter saved by PEFT.
         adapter_name, is_trainable, **options: as in `PeftModel.from_pretrained`.
     """

@@ -83,7 +83,7 @@ def _forward(experts, routing, scalings, hidden_states, top_k_weights, *factors,
         gate_up_low, down_low = _low_ranks(routing, scalings, factors)
         x_NH, w_P, output_NH = routing.inputs(hidden_states, top_k_weights)
         for segment in routing.segments:
-            gate_up, t = _linear(x_NH[segment.tokens], experts.gate_up_proj, gate_up_low, segment)
+            gate_up, t = _linear(segment.rows_of(x_NH), experts.gate_up_proj, gate_up_low, segment)
             h = experts._apply_gate(gate_up)
             y, u = _linear(h, experts.down_proj, down_low, segment)
             segment.add_up(output_NH, y * segment.weights(w_P))
@@ -99,7 +99,7 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, *factors
         x_NH, w_P, dx_NH = routing.inputs(hidden_states, top_k_weights)
         dy_NH, dw_P = grad_output.to(x_NH.dtype), torch.zeros_like(w_P)
         for segment, gate_up, t, u in zip(routing.segments, saved[::3], saved[1::3], saved[2::3], strict=True):
-            dy, w = dy_NH[segment.tokens], segment.weights(w_P)
+            dy, w = segment.rows_of(dy_NH), segment.weights(w_P)
             p, v = _linear_transposed(dy, experts.down_proj, down_low, segment)
             with torch.enable_grad():
                 gate_up = gate_up.detach().requires_grad_()
@@ -115,7 +115,7 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, *factors
             if needs_x:
                 segment.add_up(dx_NH, dx)
             if gate_up_low and gate_up_low.is_trained:
-                gate_up_low.add_gradients(segment, v, x_NH[segment.tokens], t, d_gate_up)
+                gate_up_low.add_gradients(segment, v, segment.rows_of(x_NH), t, d_gate_up)
         # Rows of pairs that are served elsewhere hold anything.
         dw_NK = dw_P.view_as(top_k_weights).masked_fill_(routing.elsewhere_NK, 0)
         gradients = [gradient for low_rank in low_ranks if low_rank for gradient in low_rank.gradients()]
@@ -132,6 +132,9 @@ class _Segment(NamedTuple):
     count: int | None = None  # rows from here on only fill up, with weight zero
     ends: torch.Tensor | None = None  # on CUDA: [E], the row behind the last one of each expert
     places: torch.Tensor | None = None  # on CUDA: [N, K], the row of each pair, one row too many if served elsewhere
+
+    def rows_of(self, x_NH: torch.Tensor) -> torch.Tensor:
+        return x_NH.index_select(0, self.tokens)  # a third of the time of x_NH[tokens] on CPU
 
     def weights(self, w_P: torch.Tensor) -> torch.Tensor:
         weights = w_P[self.pairs]

@@ -43,15 +43,17 @@ def test_ours_is_saved_as_peft_saves_and_each_loads_the_others_file(tmp_path):
     assert torch.equal(logits(with_ours), logits(ours))
 
 
-def test_an_adapter_goes_onto_a_model_that_has_others(tmp_path):
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_an_adapter_goes_onto_a_model_that_has_others(is_trainable, tmp_path):
     ours, _ = pair()
     ours.save_pretrained(tmp_path)
     model = base_model()
     model = get_peft_model(model, lora_config(model, ["attention"]), adapter_name="first")
-    again = load_adapter(model, tmp_path, adapter_name="second", is_trainable=True)
+    again = load_adapter(model, tmp_path, adapter_name="second", is_trainable=is_trainable)
     assert again is model and wrappers(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert any(".second." in name for name in trained)
+    assert any(".second." in name for name in trained) == is_trainable
+    assert model.peft_config["second"].inference_mode == (not is_trainable)
     model.set_adapter("second")
     assert_same(logits(model.eval()), logits(ours), tolerance=0)
 
