@@ -11,6 +11,20 @@ from modeling_deepseek_moe.moe import DeepseekMoeBlock
 from modeling_deepseek_moe.router import DeepseekMoeRouter
 
 
+def blocks_of(model: nn.Module) -> dict[int, DeepseekMoeBlock]:
+    """MoE blocks by layer index."""
+    return {
+        int(layer[1]): module
+        for name, module in model.named_modules()
+        if isinstance(module, DeepseekMoeBlock) and (layer := re.match(r"(?:.*\.)?layers\.(\d+)\.", name))
+    }
+
+
+def router_of(block: DeepseekMoeBlock) -> DeepseekMoeRouter:
+    """The router in use: behind PEFT's wrapper, or the copy that PEFT trains, which comes after the original."""
+    return [module for module in block.gate.modules() if isinstance(module, DeepseekMoeRouter)][-1]
+
+
 class LoadCounter:
     """Counts tokens an expert in every forward pass of a model until they are taken, without the padding.
 
@@ -41,18 +55,10 @@ class LoadCounter:
         """Counts in this model from now on, from zero, and no longer in the one before."""
         self.remove()
         self.drop()
-        self.blocks: dict[int, DeepseekMoeBlock] = {
-            int(layer[1]): module
-            for name, module in model.named_modules()
-            if isinstance(module, DeepseekMoeBlock) and (layer := re.match(r"(?:.*\.)?layers\.(\d+)\.", name))
-        }
+        self.blocks = blocks_of(model)
         if not self.blocks:
             raise ValueError(f"{type(model).__name__} has no `layers` with a DeepseekMoeBlock to count in")
-        # Where PEFT trains a copy of the router, the copy comes after the original.
-        self.routers: dict[int, DeepseekMoeRouter] = {
-            layer: [module for module in block.gate.modules() if isinstance(module, DeepseekMoeRouter)][-1]
-            for layer, block in self.blocks.items()
-        }
+        self.routers = {layer: router_of(block) for layer, block in self.blocks.items()}
         # Functions, not methods: copying a module must not copy the counter and with it the model.
         for layer, block in self.blocks.items():
             self._handles += [

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .load_counter import LoadCounter
+from .load_counter import blocks_of, router_of
 from .run_folder import aside
 
 _FILE, _KEY = "router_biases.safetensors", "layers.{}.mlp.gate.e_score_correction_bias"
@@ -21,7 +21,9 @@ class KeepRouterBiases(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            biases = {_KEY.format(layer): router.e_score_correction_bias for layer, router in _routers(model).items()}
+            biases = {
+                _KEY.format(i): router_of(block).e_score_correction_bias for i, block in blocks_of(model).items()
+            }
             with aside(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE) as path:
                 save_file({name: bias.cpu().contiguous() for name, bias in biases.items()}, path)
 
@@ -43,11 +45,5 @@ def restore_router_biases(model: nn.Module, checkpoint: Path) -> None:
     """Sets the biases to those of the checkpoint, if it has any apart from the model's weights."""
     if (checkpoint / _FILE).is_file():
         biases = load_file(checkpoint / _FILE)
-        for layer, router in _routers(model).items():
-            router.e_score_correction_bias.copy_(biases[_KEY.format(layer)])
-
-
-def _routers(model: nn.Module) -> dict[int, nn.Module]:
-    counter = LoadCounter(model)
-    counter.remove()
-    return counter.routers
+        for layer, block in blocks_of(model).items():
+            router_of(block).e_score_correction_bias.copy_(biases[_KEY.format(layer)])

@@ -131,13 +131,10 @@ def sequence_balance_loss(
         attention_mask: with `sequence_ids` and `learned_tokens`, see the module's docstring.
         scoring_func: "sigmoid", or "softmax" for a model with a biased softmax router.
     """
-    scores = _scores(router_logits, scoring_func)
     # Sigmoid and softmax keep the order of the logits, which do not saturate.
-    topk_index = router_logits.topk(top_k, dim=-1, sorted=False).indices
-    load, score, weights = _sequence_means(
-        (_chosen(topk_index, scores.shape[-1]), scores), True, attention_mask, sequence_ids, learned_tokens
-    )
-    return alpha * scores.shape[-1] * ((load * score).sum(dim=-1) * weights).sum()
+    unbiased = router_logits.topk(top_k, dim=-1, sorted=False).indices
+    tokens = {"attention_mask": attention_mask, "sequence_ids": sequence_ids, "learned_tokens": learned_tokens}
+    return expert_balance_loss(router_logits, unbiased, alpha, scoring_func=scoring_func, **tokens)
 
 
 def sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
