@@ -3,6 +3,7 @@
 from .auto import register
 from .checkpoint_files import CheckpointError
 from .configuration_deepseek_moe import DeepseekMoeConfig
+from .kernels import register_kernels
 from .modeling_deepseek_moe import (
     DeepseekMoeForCausalLM,
     DeepseekMoeForSequenceClassification,
@@ -22,3 +23,4 @@ __all__ = [
 ]
 
 register()
+register_kernels()

@@ -19,12 +19,13 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
-from .low_rank_experts import Adapter, expert_lora
+from .kernels.low_rank import Adapter
+from .kernels.sorted_experts import sorted_experts
+from .kernels.sorted_mm import interface_departure
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
-_SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", None)
+_SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", "sorted_mm", None)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_INTERFACE = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 _WEIGHTS = ("gate_up_proj", "down_proj")
 
 
@@ -33,11 +34,11 @@ class ParamWrapper(lora.ParamWrapper):
 
     PEFT recognises wrappers of parameters by this name. The outermost wrapper of an experts module does the work of
     all of them. The experts' own products are computed here too, in the dtype of their weights, whichever of "eager",
-    "grouped_mm" and "batched_mm" `experts_implementation` names; only where all adapters are disabled or merged does
-    the named one run.
+    "grouped_mm", "batched_mm" and "sorted_mm" `experts_implementation` names; only where all adapters are disabled or
+    merged does the named one run.
 
     PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
-    `experts_implementation`, hooks on the experts, base weights that are trained, quantised or sharded.
+    `experts_implementation`, hooks on the experts, base weights that are quantised or sharded.
     Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
     `torch.compile` breaks its graph here.
     """
@@ -56,7 +57,7 @@ class ParamWrapper(lora.ParamWrapper):
         if reason is not None:
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
-        return expert_lora(experts, x, *args, *(adapters.get(name, []) for name in _WEIGHTS))
+        return sorted_experts(experts, x, *args, *(adapters.get(name, []) for name in _WEIGHTS))
 
     def _chain(self) -> "Iterator[lora.ParamWrapper]":
         module = self
@@ -139,9 +140,8 @@ def _departure(experts: nn.Module) -> str | None:
     """What keeps a module with stacked weights from being served here."""
     if not hasattr(type(experts).forward, "__wrapped__") or not hasattr(experts, "_apply_gate"):
         return "does not follow transformers' experts interface"
-    for flag, expected in _INTERFACE.items():
-        if (value := getattr(experts, flag, expected)) != expected:
-            return f"has {flag}={value}"
+    if departure := interface_departure(experts):
+        return f"has {departure}"
     gate_up, down = (_shape(getattr(experts, name, torch.empty(0))) for name in _WEIGHTS)
     if len(gate_up) != 3 or down != (gate_up[0], gate_up[2], gate_up[1] // 2):
         return f"has gate_up_proj {gate_up} and down_proj {down}, not (E, 2I, H) and (E, H, I)"
@@ -167,7 +167,7 @@ def _is_in_pefts_pass(experts: nn.Module) -> bool:
 def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | None:
     """Why the result, or a side effect, could differ from that of PEFT's pass."""
     if (name := getattr(experts.config, "_experts_implementation", None)) not in _SAME_PRODUCT:
-        return f"experts_implementation={name!r} is not one of eager, grouped_mm, batched_mm"
+        return f"experts_implementation={name!r} is not one of {', '.join(_SAME_PRODUCT[:-1])}"
     if hasattr(experts, "parametrizations"):
         return "the base weights are parametrized"
     if other := [wrapper.parameter_name for wrapper in chain if wrapper.parameter_name not in _WEIGHTS]:
@@ -176,8 +176,6 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         weight = getattr(experts, name)
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.ndim != 3 or weight.dtype not in _DTYPES:
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
-        if weight.requires_grad and torch.is_grad_enabled():
-            return f"{name} itself is trained"
     for module in (*chain[1:], experts):
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         # accelerate's hook on a module that stays on its device only moves inputs there.

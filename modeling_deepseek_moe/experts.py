@@ -12,7 +12,7 @@ from transformers.integrations import use_experts_implementation
 
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
-    """SwiGLU experts; `experts_implementation` ("grouped_mm", "batched_mm", "eager", ...) picks the body by name."""
+    """SwiGLU experts; `experts_implementation` ("sorted_mm", "grouped_mm", "eager", ...) picks the body by name."""
 
     def __init__(self, config):
         super().__init__()

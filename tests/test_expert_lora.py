@@ -115,7 +115,7 @@ def test_experts_with_biases_or_other_layouts_are_refused():
         register_expert_lora(make_config(target_parameters=["mlp.router.weight"]), model)
 
 
-@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm", "sorted_mm"])
 def test_every_name_of_the_experts_product_gives_the_same(name):
     ours, stock = pair()
     for model in (ours, stock):
@@ -129,23 +129,27 @@ def other_implementation(model, monkeypatch) -> None:
     model.get_base_model().config._experts_implementation = "other"
 
 
-def trained_base(model, monkeypatch) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or name.endswith("experts.base_layer.base_layer.down_proj"))
-
-
 def hook(model, monkeypatch) -> None:
     for module in model.modules():
         if isinstance(module, DeepseekMoeExperts):
             module.register_forward_hook(lambda module, args, output: 2 * output)
 
 
+def test_the_experts_own_weights_may_be_trained_beside_their_adapters():
+    ours, stock = pair()
+    for model in (ours, stock):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(
+                parameter.requires_grad or name.endswith("experts.base_layer.base_layer.down_proj")
+            )
+    assert_same_gradients(ours, stock)
+
+
 @pytest.mark.filterwarnings("default:LoRA on routed experts builds")
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (other_implementation, "experts_implementation='other' is not one of eager, grouped_mm, batched_mm"),
-        (trained_base, "down_proj itself is trained"),
+        (other_implementation, "experts_implementation='other' is not one of eager, grouped_mm, batched_mm, sorted"),
         (hook, "DeepseekMoeExperts has hooks"),
     ],
 )

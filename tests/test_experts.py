@@ -27,7 +27,7 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "sorted_mm"])
 @pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_outputs_and_all_gradients_equal_those_of_the_eager_reference(implementation, tokens, routing):
@@ -86,7 +86,7 @@ def test_a_state_dict_that_lacks_an_expert_is_refused(tmp_path):
         experts.load_state_dict(per_expert)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "sorted_mm"])
 @torch.no_grad()
 def test_t24_bfloat16_experts_are_combined_in_float32_and_rounded_once(implementation):
     torch.manual_seed(2)

@@ -46,7 +46,7 @@ def test_logits_and_hidden_states_equal_those_of_the_original_program(golden, im
             close(states, expected[f"hidden_states.{index}"])
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "sorted_mm"])
 @torch.no_grad()
 def test_every_experts_implementation_gives_the_original_logits(golden, experts):
     folder, expected = golden

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
-from modeling_deepseek_moe import low_rank_experts
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-from modeling_deepseek_moe.low_rank_experts import Adapter, expert_lora
+from modeling_deepseek_moe.kernels import low_rank, sorted_rows
+from modeling_deepseek_moe.kernels.low_rank import Adapter
+from modeling_deepseek_moe.kernels.sorted_experts import sorted_experts
 
 EXPERTS, HIDDEN, WIDTH, SLOTS = 8, 32, 16, 3
 WEIGHTS = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
@@ -26,15 +27,16 @@ RANKS = {
     "both": {"gate_up_proj": [4], "down_proj": [4]},
     "gate_up alone": {"gate_up_proj": [3], "down_proj": []},
     "down alone": {"gate_up_proj": [], "down_proj": [3]},
+    "no adapter": {"gate_up_proj": [], "down_proj": []},
     "several, of different ranks": {"gate_up_proj": [4, 1], "down_proj": [2, 3]},
 }
 
 
-def make_experts(dtype=torch.float32) -> DeepseekMoeExperts:
+def make_experts(dtype=torch.float32, trained: bool = False) -> DeepseekMoeExperts:
     experts = DeepseekMoeExperts(tiny_config("v3", n_routed_experts=EXPERTS))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return experts.to(dtype).requires_grad_(False)
+    return experts.to(dtype).requires_grad_(trained)
 
 
 def make_adapters(ranks: dict[str, list[int]], dtype=torch.float32) -> dict[str, list[Adapter]]:
@@ -76,8 +78,9 @@ def cast(adapters: dict[str, list[Adapter]], dtype: torch.dtype) -> dict[str, li
 
 
 def gradients(function, experts, inputs, adapters) -> list[torch.Tensor]:
-    """The output, then the gradients of hidden states, routing weights and all factors."""
-    leaves = [inputs[0], inputs[2], *(f for part in adapters.values() for adapter in part for f in adapter[:2])]
+    """The output, then the gradients of hidden states, routing weights, trained weights and all factors."""
+    leaves = [inputs[0], inputs[2], *(weight for weight in experts.parameters() if weight.requires_grad)]
+    leaves += [f for part in adapters.values() for adapter in part for f in adapter[:2]]
     output = function(experts, *inputs, *adapters.values())
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     return [output, *torch.autograd.grad(output, leaves, upstream, allow_unused=True, materialize_grads=True)]
@@ -93,20 +96,26 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def every_way(request, monkeypatch):
     """The way of CUDA also runs on CPU, where nothing else chooses it."""
     if request.param == "all at once":
-        monkeypatch.setattr(low_rank_experts, "grouped", lambda device: True)
+        for module in (low_rank, sorted_rows):
+            monkeypatch.setattr(module, "grouped", lambda device: True)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("tokens", [1, 23])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_outputs_and_all_gradients_are_those_of_the_adapted_weights(every_way, routing, tokens, ranks):
+def test_outputs_and_all_gradients_are_those_of_the_adapted_weights(every_way, routing, tokens, ranks, trained):
     torch.manual_seed(0)
-    experts, adapters, inputs = make_experts(), make_adapters(RANKS[ranks]), make_inputs(routing, tokens)
+    experts, adapters, inputs = (
+        make_experts(trained=trained),
+        make_adapters(RANKS[ranks]),
+        make_inputs(routing, tokens),
+    )
     expected = gradients(reference, experts, inputs, adapters)
-    for actual, wanted in zip(gradients(expert_lora, experts, inputs, adapters), expected, strict=True):
+    for actual, wanted in zip(gradients(sorted_experts, experts, inputs, adapters), expected, strict=True):
         assert_same(actual, wanted)
     with torch.no_grad():
-        assert_same(expert_lora(experts, *inputs, *adapters.values()), expected[0])
+        assert_same(sorted_experts(experts, *inputs, *adapters.values()), expected[0])
 
 
 @pytest.mark.parametrize("tokens", [0, 4])
@@ -114,7 +123,7 @@ def test_tokens_that_other_ranks_serve_give_zeros_and_zero_gradients(every_way, 
     experts, adapters = make_experts(), make_adapters(RANKS["both"])
     hidden_states, weights = torch.randn(tokens, HIDDEN).requires_grad_(), torch.rand(tokens, SLOTS).requires_grad_()
     inputs = (hidden_states, torch.full((tokens, SLOTS), EXPERTS), weights)
-    results = gradients(expert_lora, experts, inputs, adapters)
+    results = gradients(sorted_experts, experts, inputs, adapters)
     assert [r.shape for r in results[:3]] == [hidden_states.shape, hidden_states.shape, weights.shape]
     assert not any(result.any() for result in results)
 
@@ -127,7 +136,7 @@ def test_gradients_are_those_of_finite_differences():
 
     def output(hidden_states, weights, *factors):
         gate_up, down = (Adapter(*factors[i : i + 2], 0.7) for i in (0, 2))
-        return expert_lora(experts, hidden_states, index, weights, [gate_up], [down])
+        return sorted_experts(experts, hidden_states, index, weights, [gate_up], [down])
 
     inputs = (hidden_states, weights.detach().double().requires_grad_(), *factors)
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
@@ -145,7 +154,7 @@ def test_bfloat16_is_as_exact_as_adapted_weights_in_bfloat16(every_way, tokens, 
         inputs[1],
         inputs[2].detach().double().requires_grad_(),
     )
-    actual = gradients(expert_lora, experts, inputs, adapters)
+    actual = gradients(sorted_experts, experts, inputs, adapters)
     rebuilt = gradients(reference, experts, inputs, cast(adapters, torch.bfloat16))
     exact = gradients(reference, experts.double(), exact_inputs, cast(adapters, torch.float64))
     for ours, other, wanted in zip(actual, rebuilt, exact, strict=True):
@@ -160,9 +169,9 @@ def test_bfloat16_slots_are_added_up_in_float32_and_rounded_once(every_way):
     experts, adapters = make_experts(torch.bfloat16), make_adapters(RANKS["both"]).values()
     hidden_states, weights = torch.randn(300, HIDDEN).bfloat16(), torch.rand(300, EXPERTS)
     index = torch.rand(300, EXPERTS).topk(EXPERTS).indices
-    together = expert_lora(experts, hidden_states, index, weights, *adapters)
+    together = sorted_experts(experts, hidden_states, index, weights, *adapters)
     slots = [(index[:, [k]], weights[:, [k]]) for k in range(EXPERTS)]
-    apart = sum(expert_lora(experts, hidden_states.float(), *slot, *adapters) for slot in slots)
+    apart = sum(sorted_experts(experts, hidden_states.float(), *slot, *adapters) for slot in slots)
     exact = reference(experts.float(), hidden_states.float(), index, weights, *adapters)
     # One rounding of the sum adds 4 to 5 % to the error of its terms; rounding weights or sums on the way, over 10 %.
     assert (together.float() - exact).norm() <= 1.07 * (apart - exact).norm()
@@ -172,7 +181,7 @@ def test_the_output_has_the_dtype_of_the_tokens_and_gradients_those_of_their_inp
     torch.manual_seed(0)
     experts, adapters = make_experts(torch.bfloat16), make_adapters(RANKS["both"])
     inputs = make_inputs("uniform", 5)
-    output, *rest = gradients(expert_lora, experts, inputs, adapters)
+    output, *rest = gradients(sorted_experts, experts, inputs, adapters)
     assert output.dtype == torch.float32
     assert {gradient.dtype for gradient in rest} == {torch.float32}
 
@@ -181,13 +190,13 @@ def test_experts_and_factors_without_gradient_are_left_without():
     torch.manual_seed(0)
     experts, adapters = make_experts(), make_adapters(RANKS["several, of different ranks"])
     hidden_states, index, weights = make_inputs("uniform", 5)
-    expected = gradients(expert_lora, experts, (hidden_states, index, weights), adapters)
+    expected = gradients(sorted_experts, experts, (hidden_states, index, weights), adapters)
     adapters["gate_up_proj"][0].A.requires_grad_(False)
     for adapter in adapters["down_proj"]:
         for factor in adapter[:2]:
             factor.requires_grad_(False)
     inputs = (hidden_states.detach(), index, weights.detach())
-    output = expert_lora(experts, *inputs, *adapters.values())
+    output = sorted_experts(experts, *inputs, *adapters.values())
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)))
     (first, second), down = adapters["gate_up_proj"], adapters["down_proj"]
     for actual, wanted in zip([first.B.grad, second.A.grad, second.B.grad], expected[4:7], strict=True):
@@ -202,7 +211,7 @@ def test_other_activations_are_differentiated_too(activation):
     experts, adapters, inputs = make_experts(), make_adapters(RANKS["both"]), make_inputs("uniform", 9)
     experts.act_fn = ACT2FN[activation]
     expected = gradients(reference, experts, inputs, adapters)
-    for actual, wanted in zip(gradients(expert_lora, experts, inputs, adapters), expected, strict=True):
+    for actual, wanted in zip(gradients(sorted_experts, experts, inputs, adapters), expected, strict=True):
         assert_same(actual, wanted)
 
 
@@ -227,7 +236,7 @@ def test_nothing_of_the_size_of_the_experts_weights_is_built(every_way, dtype):
     experts, adapters = make_experts(dtype), make_adapters({"gate_up_proj": [1], "down_proj": [1]})
     inputs = make_inputs("uniform", 4, dtype)
     with LargestTensor() as largest:
-        gradients(expert_lora, experts, inputs, adapters)
+        gradients(sorted_experts, experts, inputs, adapters)
     # The largest: gate and up of 12 pairs, each filled up to 16 rows where an expert is a product of its own, or the
     # factors of all experts, their rank padded to 16 bytes where they are not.
     assert 0 < largest.numel <= EXPERTS * 8 * 2 * WIDTH < experts.down_proj.numel()
@@ -239,10 +248,10 @@ def test_nothing_of_the_size_of_the_experts_weights_is_built(every_way, dtype):
 def test_half_precision_products_come_in_few_sizes_on_cpu():
     """oneDNN prepares itself anew for each: 1024 prepared products are kept, of 14 sizes a layer and row count."""
     counts = range(1, 4097)
-    filled = [low_rank_experts._filled(count, torch.bfloat16) for count in counts]
+    filled = [sorted_rows.filled(count, torch.bfloat16) for count in counts]
     assert len(set(filled)) < 1024 // 14
     assert all(count <= rows < 1.25 * count + 16 for count, rows in zip(counts, filled, strict=True))
-    assert [low_rank_experts._filled(count, torch.float32) for count in counts] == [*counts]
+    assert [sorted_rows.filled(count, torch.float32) for count in counts] == [*counts]
 
 
 def test_saved_for_the_backward_pass_are_gate_and_up_and_low_ranks_only():
@@ -255,9 +264,8 @@ def test_saved_for_the_backward_pass_are_gate_and_up_and_low_ranks_only():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        expert_lora(experts, *inputs, *adapters.values())
-    given = {
-        tensor.data_ptr() for tensor in (*inputs, *(f for part in adapters.values() for a in part for f in a[:2]))
-    }
+        sorted_experts(experts, *inputs, *adapters.values())
+    factors = [factor for part in adapters.values() for adapter in part for factor in adapter[:2]]
+    given = {tensor.data_ptr() for tensor in (*inputs, *experts.parameters(), *factors)}
     pairs = 40 * SLOTS
     assert sum(numel for pointer, numel in saved.items() if pointer not in given) == pairs * (2 * WIDTH + 4 + 4)

@@ -1,0 +1,194 @@
+"""Routed experts on rows sorted by expert, with or without low-rank updates, forward and backward.
+
+N tokens, K chosen experts a token, n rows that one expert serves, E experts, H hidden size, I width of one expert,
+R the ranks of all adapters together. For each expert, with w its tokens' routing weights:
+
+    forward                                        backward
+    x_nH = hidden_states[tokens]                   dy_nH = d output[tokens]
+    gate_up = x W1' + t B1,  t_nR = x A1'          p_nI = dy W2 + v A2,  v_nR = dy B2'
+    h_nI = SwiGLU(gate_up)                         dw = sum(p h),  dA2 = (w v)' h,  dB2 = (w u)' dy,  dW2 = dy' (w h)
+    y_nH = h W2' + u B2,  u_nR = h A2'             d gate_up = SwiGLU'(gate_up, w p)
+    output[tokens] += w y, in float32              dx = d gate_up W1 + v A1,  v_nR = d gate_up B1'
+                                                   dA1 = v' x,  dB1 = t' d gate_up,  dW1 = d gate_up' x
+
+Saved are gate_up, t and u; x and h are computed again. No tensor of the size of the weights is made but the gradients
+of those that are trained. One expert after the other on CPU, so that its rows stay in the cache; all at once, by
+`grouped_mm`, on CUDA, where nothing waits for the counts.
+
+On CPU gate_up, h and d gate_up are stored column by column, `W x'` being the faster product than `x W'`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
+
+from .large_tensors import empty_like
+from .low_rank import Adapter, low_ranks
+from .sorted_rows import Segment, SortedRows
+
+
+def sorted_experts(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: Sequence[Adapter] = (),
+    down: Sequence[Adapter] = (),
+) -> torch.Tensor:
+    """Weighted sum of each token's experts, adapted or not.
+
+    Args:
+        experts: has `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]` and `_apply_gate`, `[n, 2I]` -> `[n, I]`.
+        hidden_states: `[N, H]`.
+        top_k_index: `[N, K]` expert ids; `E` marks a slot that another rank serves.
+        top_k_weights: `[N, K]`.
+        gate_up, down: the adapters of each weight, whose updates add up.
+
+    Returns:
+        `[N, H]` in the dtype of `hidden_states`.
+    """
+    scalings = [adapter.scaling for adapter in gate_up], [adapter.scaling for adapter in down]
+    factors = [factor for adapter in (*gate_up, *down) for factor in (adapter.A, adapter.B)]
+    weights = (experts.gate_up_proj, experts.down_proj)
+    routing = SortedRows(top_k_index, len(weights[0]), weights[0].dtype)
+    inputs = (experts, routing, scalings, hidden_states, top_k_weights, *weights, *factors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[3:]):
+        return _SortedExperts.apply(*inputs)
+    return _forward(*inputs, saved=None)
+
+
+class _SortedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        saved = []
+        output = _forward(*inputs, saved=saved)
+        ctx.constants, tensors = inputs[:3], inputs[3:]
+        ctx.save_for_backward(*tensors, *saved)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        needs, tensors = ctx.needs_input_grad[3:], ctx.saved_tensors
+        inputs, saved = tensors[: len(needs)], tensors[len(needs) :]
+        return None, None, None, *_backward(*ctx.constants, *inputs, grad_output=grad_output, saved=saved, needs=needs)
+
+
+def _forward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, *factors, saved):
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        gate_up_low, down_low = low_ranks(routing, scalings, factors)
+        x_NH, w_R, output_NH = routing.inputs(hidden_states, top_k_weights)
+        for segment in routing.segments:
+            gate_up, t = _linear(segment.rows_of(x_NH), W1, gate_up_low, segment)
+            h = experts._apply_gate(gate_up)
+            y, u = _linear(h, W2, down_low, segment)
+            segment.add_up(output_NH, y.contiguous() * w_R[segment.rows])
+            if saved is not None:
+                saved += (gate_up, t, u)
+        return output_NH.to(hidden_states.dtype)
+
+
+def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, *factors, grad_output, saved, needs):
+    needs_x, needs_w, needs_W1, needs_W2, *needs_factors = needs
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        gate_up_low, down_low = adapted = low_ranks(routing, scalings, factors, needs_factors)
+        dW1, dW2 = (_no_gradient(W, routing) if n else None for W, n in ((W1, needs_W1), (W2, needs_W2)))
+        x_NH, w_R, dx_NH = routing.inputs(hidden_states, top_k_weights)
+        dy_NH, dw_R = grad_output.to(x_NH.dtype), torch.zeros_like(w_R[:, 0])
+        for segment, gate_up, t, u in zip(routing.segments, saved[::3], saved[1::3], saved[2::3], strict=True):
+            dy, w = segment.rows_of(dy_NH), w_R[segment.rows]
+            p, v = _linear_transposed(dy, W2, down_low, segment)
+            if segment.ends is None:
+                p = p.mT.contiguous().mT
+            h, d_gate_up = _gate_backward(experts, gate_up, (p * w).to(p.dtype))
+            if needs_w:
+                dw_R[segment.rows] = (p * h).sum(-1, dtype=w.dtype)
+            if needs_W2:
+                _outer(dy, (h * w).to(h.dtype), segment.ends, out=dW2[segment.expert])
+            if down_low and down_low.is_trained:
+                _add_factor_gradients(down_low, segment, (v * w).to(p.dtype), h, (u * w).to(p.dtype), dy)
+            d_gate_up_rows = d_gate_up.contiguous()
+            dx, v = _linear_transposed(d_gate_up_rows, W1 if needs_x else None, gate_up_low, segment)
+            if needs_x:
+                segment.add_up(dx_NH, dx)
+            trains_gate_up = gate_up_low is not None and gate_up_low.is_trained
+            x = segment.rows_of(x_NH) if needs_W1 or trains_gate_up else None
+            if needs_W1:
+                _outer(d_gate_up, x, segment.ends, out=dW1[segment.expert])
+            if trains_gate_up:
+                _add_factor_gradients(gate_up_low, segment, v, x, t, d_gate_up_rows)
+        dw_NK = routing.of_pairs(dw_R)
+        gradients = [gradient for low_rank in adapted if low_rank for gradient in low_rank.gradients()]
+        return dx_NH.to(hidden_states.dtype), dw_NK.to(top_k_weights.dtype), dW1, dW2, *gradients
+
+
+def _gate_backward(experts, gate_up, dh) -> tuple[torch.Tensor, torch.Tensor]:
+    """h again, and d gate_up, stored as gate_up is."""
+    is_silu = type(experts.act_fn) in (nn.SiLU, SiLUActivation)
+    if not is_silu or experts._apply_gate.__func__ is not _default_apply_gate:
+        with torch.enable_grad():
+            gate_up = gate_up.detach().requires_grad_()
+            h = experts._apply_gate(gate_up)
+        return h.detach(), *torch.autograd.grad(h, gate_up, dh)
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate_up = torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    activated = F.silu(gate)
+    torch.mul(dh, activated, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=d_gate)
+    return activated.mul_(up), d_gate_up
+
+
+def _no_gradient(weight: torch.Tensor, routing: SortedRows) -> torch.Tensor:
+    """Room for the gradients of all experts; those of experts that serve nobody are zero already."""
+    gradient = empty_like(weight)
+    for expert in routing.unserved:
+        gradient[expert].zero_()
+    return gradient
+
+
+def _add_factor_gradients(low_rank, segment: Segment, dt, x, t, dy) -> None:
+    low_rank.add_gradients(segment.slot, lambda a, b: _outer(a, b, segment.ends), dt, x, t, dy)
+
+
+def _linear(x, weight, low_rank, segment):
+    """`x (W + B' A)'` as `[n, out]`, and `x A'`, None without low rank."""
+    y = _mm_transposed(x, weight[segment.expert], segment.ends)
+    if low_rank is None:
+        return y, None
+    t = _mm(x, low_rank.A[segment.slot].mT, segment.ends)
+    return _add_mm(y, t, low_rank.B[segment.slot], segment.ends), t
+
+
+def _linear_transposed(dy, weight, low_rank, segment):
+    """`dy (W + B' A)` as `[n, in]`, and `dy B'`; either is None without its weight."""
+    dx = None if weight is None else _mm(dy, weight[segment.expert], segment.ends)
+    if low_rank is None:
+        return dx, None
+    v = _mm(dy, low_rank.B[segment.slot].mT, segment.ends)
+    return dx if dx is None else _add_mm(dx, v, low_rank.A[segment.slot], segment.ends), v
+
+
+def _mm(x, weight, ends):
+    return x @ weight if ends is None else F.grouped_mm(x, weight, offs=ends)
+
+
+def _mm_transposed(x, weight, ends):
+    return (weight @ x.mT).mT if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def _add_mm(y, t, weight, ends):
+    return y.addmm_(t, weight) if ends is None else y.add_(F.grouped_mm(t, weight, offs=ends))
+
+
+def _outer(t, x, ends, out=None):
+    """`t' x` of each expert's rows."""
+    if ends is None:
+        return torch.mm(t.mT.contiguous(), x, out=out)
+    product = F.grouped_mm(t.mT, x, offs=ends)
+    return product if out is None else out.copy_(product)
