@@ -36,6 +36,7 @@ _NOT_NEGATIVE = (
     "device_loss_alpha",
     "communication_loss_alpha",
     "mtp_loss_weight",
+    "loss_chunk_bytes",
     "routed_scaling_factor",
     "initializer_range",
     "rms_norm_eps",
@@ -72,6 +73,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     Multi-token prediction: `num_nextn_predict_layers` MTP modules follow the main layers; `mtp_loss_weight` (the
     paper's lambda) trains them, 0 keeps them frozen.
+
+    Loss: training logits that would take more than `loss_chunk_bytes` in float32 are made in chunks of at most that
+    size, never all at once (see `chunked_loss`); 0 makes them all.
 
     Norms and rotary: `latent_norm_eps` is the epsilon of the two latent norms, 1e-6 in DeepSeek's own code whatever
     `rms_norm_eps` says; `rope_interleave` tells how rotary pairs lie in the projection rows.
@@ -136,6 +140,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     num_nextn_predict_layers: int = 0
     mtp_loss_weight: float | int = 0.0
+    loss_chunk_bytes: int = 128 * 2**20
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -18,6 +19,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
 from .balancing import sequence_ids, sum_losses
+from .causal_lm_output import DeepseekMoeCausalLMOutput, DeepseekMoeDeferredOutput, DeferredLogits
+from .chunked_loss import ChunkedLossMixin
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
@@ -34,13 +37,6 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
     """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None)."""
 
     aux_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class DeepseekMoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """Adds `mtp_loss`, the mean loss of the multi-token prediction modules before `mtp_loss_weight`."""
-
-    mtp_loss: torch.FloatTensor | None = None
 
 
 class DeepseekMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -83,6 +79,12 @@ class DeepseekMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.copy_(module.original_inv_freq, inv_freq)
         else:
             super()._init_weights(module)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # Code exported to the Hub comes without the package's kernels; transformers' own default serves there.
+        if requested_experts is None and "sorted_mm" in ALL_EXPERTS_FUNCTIONS:
+            requested_experts = "sorted_mm"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def remove_mtp_layers(self) -> None:
         """Takes the multi-token prediction modules off the model and out of its config."""
@@ -195,7 +197,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         }
 
 
-class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, MultiTokenGenerationMixin):
+class DeepseekMoeForCausalLM(
+    ChunkedLossMixin, MultiTokenLossMixin, DeepseekMoePreTrainedModel, MultiTokenGenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -227,6 +231,9 @@ class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, Mu
         times `mtp_loss`. Given `num_items_in_batch`, the targets of all micro-batches, each of the three parts is this
         call's share, and their sum over micro-batches does not depend on how the batch was cut (but for balance losses
         with `seq_aux=False`, which are no sums over sequences).
+
+        In training with large logits (`config.loss_chunk_bytes`) the loss is computed without them, and they are
+        computed when first read from the output: read them before the optimizer's step.
         """
         num_items = kwargs.get("num_items_in_batch")
         learned_tokens = None
@@ -243,11 +250,13 @@ class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, Mu
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden_states = outputs.last_hidden_state[:, kept]
         loss = mtp_loss = None
         aux_loss = outputs.aux_loss
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is None:
+            logits = self.lm_head(hidden_states)
+        else:
+            logits, loss = self.logits_and_loss(hidden_states, labels, **kwargs)
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 mtp_loss, mtp_balance = self.multi_token_loss(
@@ -263,7 +272,9 @@ class DeepseekMoeForCausalLM(MultiTokenLossMixin, DeepseekMoePreTrainedModel, Mu
                 aux_loss = sum_losses([part for part in (aux_loss, mtp_balance) if part is not None])
             if aux_loss is not None:
                 loss = loss + (aux_loss if num_items is None else aux_loss * learned_tokens.sum() / num_items)
-        return DeepseekMoeCausalLMOutput(
+        is_deferred = isinstance(logits, DeferredLogits)
+        output_class = DeepseekMoeDeferredOutput if is_deferred else DeepseekMoeCausalLMOutput
+        return output_class(
             loss=loss,
             aux_loss=aux_loss,
             mtp_loss=mtp_loss,

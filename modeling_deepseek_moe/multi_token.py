@@ -87,15 +87,13 @@ class MultiTokenLossMixin:
             learned = None if learned_tokens is None else nn.functional.pad(targets != -100, (0, 1))
             arguments["balance_tokens"] |= {"attention_mask": counted, "learned_tokens": learned}
             hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
-            losses.append(
-                self.loss_function(
-                    logits=self.lm_head(hidden_states[:, :-1]),
-                    labels=None,
-                    shift_labels=targets.contiguous(),
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=(targets != -100).sum().clamp_min(1) if num_items is None else num_items,
-                )
+            _, loss = self.logits_and_loss(
+                hidden_states[:, :-1],
+                labels=None,
+                shift_labels=targets.contiguous(),
+                num_items_in_batch=(targets != -100).sum().clamp_min(1) if num_items is None else num_items,
             )
+            losses.append(loss)
             if balance_loss is not None and learned_tokens is not None:
                 # In shares of the main model's targets, more than this module's.
                 balance_loss = balance_loss * learned.sum() / learned_tokens.sum().clamp_min(1)

@@ -284,17 +284,17 @@ def test_a_state_dict_in_memory_loads_like_a_file(v3_tensors):
     assert torch.equal(logits_of(model), logits_of(tiny_model(v3_config())))
 
 
-def test_the_experts_implementation_of_fresh_and_loaded_models_is_grouped_mm(v3_folder):
+def test_the_experts_implementation_of_fresh_and_loaded_models_is_sorted_mm(v3_folder):
     loaded = [
         DeepseekMoeForCausalLM.from_pretrained(v3_folder),
         DeepseekMoeModel.from_pretrained(v3_folder),
         DeepseekMoeForCausalLM._from_config(v3_config()),
         DeepseekMoeForCausalLM(v3_config()),
     ]
-    assert {model.config._experts_implementation for model in loaded} == {"grouped_mm"}
+    assert {model.config._experts_implementation for model in loaded} == {"sorted_mm"}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
 def test_an_experts_implementation_asked_for_by_name_is_used_and_agrees(implementation, v3_folder):
     model = DeepseekMoeForCausalLM.from_pretrained(v3_folder, experts_implementation=implementation)
     assert model.config._experts_implementation == implementation

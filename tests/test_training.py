@@ -299,13 +299,13 @@ def test_resized_embeddings_train_save_and_load(lineage, tied, tmp_path):
         assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
-def test_a_fresh_model_uses_grouped_mm():
+def test_a_fresh_model_uses_sorted_mm():
     model = training_model("v3")
-    assert model.config._experts_implementation == "grouped_mm"
-    assert model.get_experts_implementation() == {"": "grouped_mm"}
+    assert model.config._experts_implementation == "sorted_mm"
+    assert model.get_experts_implementation() == {"": "sorted_mm"}
 
 
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm", "sorted_mm"])
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_expert_implementations_agree_with_the_eager_one_in_outputs_and_all_gradients(lineage, implementation):
     ids = tiny_ids(tiny_config(lineage))
