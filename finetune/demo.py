@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_token
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
+from modeling_deepseek_moe.expert_lora import load_adapter
 
 from . import demo_task, train
 from .demo_task import Scores
@@ -82,7 +82,7 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
         run = train.run(recipe)
 
         with known_warnings():
-            adapted = PeftModel.from_pretrained(model, run["saved_adapter"])
+            adapted = load_adapter(model, run["saved_adapter"])
         scores["after"] = demo_task.ask(adapted, tokenizer, items.held_out)
         logits = demo_task.first_logits(adapted, tokenizer, items.held_out)
         merged = AutoModelForCausalLM.from_pretrained(run["saved_model"], dtype="auto")

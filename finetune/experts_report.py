@@ -36,7 +36,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import get_peft_model_state_dict, load_peft_weights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -45,6 +45,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
+from modeling_deepseek_moe.expert_lora import load_adapter
 
 from .data import load_data
 from .lora import known_warnings
@@ -176,7 +177,7 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
 def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
         with known_warnings():
-            adapted = PeftModel.from_pretrained(model, adapter)
+            adapted = load_adapter(model, adapter)
         found = load_peft_weights(adapter, device="cpu").keys()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())

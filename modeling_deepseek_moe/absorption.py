@@ -5,8 +5,11 @@ one key-value head of width kv_lora_rank + rope for all query heads.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from .linear import DeepseekMoeLinear
 
 
 def absorbed_is_cheaper(config, query_length: int, key_length: int) -> bool:
@@ -26,15 +29,37 @@ def absorbed_is_cheaper(config, query_length: int, key_length: int) -> bool:
     return absorbed < expanded
 
 
+def is_one_matrix(linear: nn.Module) -> bool:
+    """Whether `linear` multiplies all tokens of all rows with one and the same matrix: only then can it be absorbed.
+
+    Not so with a bias (PEFT's `lora_bias`), with adapters chosen by row or by token (`adapter_names`,
+    `alora_offsets`), or with dropout in training.
+    """
+    if type(linear) in (nn.Linear, DeepseekMoeLinear):
+        return linear.bias is None
+    for module in linear.modules():
+        drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
+        if drops or getattr(module, "bias", None) is not None or _chooses_adapters(module):
+            return False
+    return True
+
+
+def _chooses_adapters(module: nn.Module) -> bool:
+    """PEFT hands such a choice to a layer by a hook that fills in the layer's keyword argument."""
+    keywords = (getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in each or "alora_offsets" in each for each in keywords)
+
+
 def effective_weight(linear: nn.Module) -> torch.Tensor:
-    """The matrix `[out, in]` that `linear` multiplies with, whatever it is: plain, LoRA-adapted, quantised, offloaded.
+    """The matrix `[out, in]` that `linear` multiplies with: plain, LoRA-adapted, quantised, offloaded, or in ZeRO-3.
 
     Active, unmerged LoRA adapters are added, so an adapter on `kv_b_proj` acts in the absorbed form as it does in
     the expanded one.
     """
-    if type(linear) is nn.Linear and not linear.weight.is_meta:
+    is_elsewhere = any(weight.is_meta or hasattr(weight, "ds_id") for weight in linear.parameters())
+    if type(linear) in (nn.Linear, DeepseekMoeLinear) and not is_elsewhere:
         return _local(linear.weight)
-    delta = _lora_delta(linear)
+    delta = None if is_elsewhere else _lora_delta(linear)
     if delta is not None:
         weight = effective_weight(linear.base_layer)
         return weight if isinstance(delta, int) else weight + delta.to(weight.dtype)
@@ -62,6 +87,21 @@ def _lora_delta(linear: nn.Module) -> torch.Tensor | int | None:
     return sum(linear.get_delta_weight(name) for name in active)
 
 
+def score_latents(queries: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """Products of the rows of queries `[B, R, width]` with the cached tokens `[B, L, width]`: `[B, R, L]`."""
+    if queries.device.type != "cpu":
+        return queries @ cached.mT
+    # A batched product copies a transposed or narrowed operand first, here the whole cache at every token.
+    return torch.stack([(tokens @ rows.mT).mT for rows, tokens in zip(queries, cached, strict=True)])
+
+
+def mix_latents(weights: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Sums of the latents `[B, L, rank]`, weighted by `[B, R, L]`: `[B, R, rank]`."""
+    if weights.device.type != "cpu":
+        return weights @ latents
+    return torch.stack([rows @ tokens for rows, tokens in zip(weights, latents, strict=True)])
+
+
 def visible_keys(
     attention_mask: torch.Tensor | BlockMask | None, query_length: int, keys: torch.Tensor, is_flash: bool
 ) -> torch.Tensor | None:
@@ -69,7 +109,7 @@ def visible_keys(
 
     Args:
         attention_mask: what transformers made for the attention implementation in use: a 4-D mask (bool or
-            additive), a flex `BlockMask`, a `[B, L]` padding mask (flash attention), or None for plain causal.
+            additive), a flex `BlockMask`, a padding mask `[B, tokens]` (flash attention), or None for plain causal.
         query_length: T.
         keys: `[B, 1, L, width]`.
         is_flash: a missing or padding mask means what flash attention makes of it: the last query sees all keys.
@@ -85,11 +125,14 @@ def visible_keys(
         return create_mask(attention_mask.mask_mod, batch, heads, query_length, length, device=keys.device)
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask[..., :length]
+    # A static cache is longer than the mask: its end is still empty.
+    padding = None if attention_mask is None else attention_mask[:, -length:].bool()
+    seen = length if padding is None else padding.shape[1]
     causal = None
     if query_length > 1:
-        offset = length - query_length if is_flash else 0
+        offset = seen - query_length if is_flash else 0
         causal = torch.ones(query_length, length, dtype=torch.bool, device=keys.device).tril(offset)
-    if attention_mask is None:
+    if padding is None:
         return causal
-    padding = attention_mask[:, None, None, -length:].bool()
+    padding = F.pad(padding, (0, length - seen))[:, None, None]
     return padding if causal is None else padding & causal

@@ -9,7 +9,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .absorption import absorbed_is_cheaper, effective_weight, visible_keys
+from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
+from .linear import DeepseekMoeLinear
 from .rotary import apply_rotary, softmax_scale
 
 
@@ -33,15 +34,15 @@ class DeepseekMoeLatentAttention(nn.Module):
         hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
         query_width = heads * sum(self.head_widths)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+            self.q_proj = DeepseekMoeLinear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = DeepseekMoeLinear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekMoeRMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = DeepseekMoeLinear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = DeepseekMoeLinear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
+        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -57,7 +58,8 @@ class DeepseekMoeLatentAttention(nn.Module):
         if past_key_values is not None:
             # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
-        form = self.absorbed if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]) else self.expanded
+        is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
+        form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
         attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
         return self.o_proj(attention_output.flatten(2)), weights
 
@@ -107,8 +109,8 @@ class DeepseekMoeLatentAttention(nn.Module):
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
         # One key-value head: heads and query tokens are rows of one matrix product a sequence.
-        scores = queries.flatten(1, 2) @ cached.squeeze(1).transpose(1, 2)
-        scores = scores.float().unflatten(1, queries.shape[1:3]) * self.scaling
+        scores = score_latents(queries.flatten(1, 2), cached.squeeze(1)).float() * self.scaling
+        scores = scores.unflatten(1, queries.shape[1:3])
         mask = visible_keys(attention_mask, queries.shape[2], cached, "flash" in self.config._attn_implementation)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -116,9 +118,11 @@ class DeepseekMoeLatentAttention(nn.Module):
             scores = scores + mask
         weights = scores.softmax(dim=-1).to(cached.dtype)
         weights = F.dropout(weights, self.config.attention_dropout, self.training)
-        mixed_latent = weights.flatten(1, 2) @ cached.squeeze(1)[..., : self.kv_lora_rank]
+        mixed_latent = mix_latents(weights.flatten(1, 2), cached.squeeze(1)[..., : self.kv_lora_rank])
         mixed_latent = mixed_latent.unflatten(1, queries.shape[1:3])
-        return torch.einsum("bhtr,hvr->bthv", mixed_latent, value_up_hvr), weights
+        # The large operand first, as it lies in memory: einsum would copy it transposed.
+        values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
+        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
 
 
 class DeepseekMoeAttention(nn.Module):
@@ -133,10 +137,10 @@ class DeepseekMoeAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = softmax_scale(config)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = DeepseekMoeLinear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = DeepseekMoeLinear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
 
     def forward(
         self,

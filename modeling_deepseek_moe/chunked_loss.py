@@ -14,6 +14,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .causal_lm_output import DeferredLogits, defer_logits
+from .linear import DeepseekMoeLinear
 
 
 def chunked_cross_entropy(
@@ -171,7 +172,7 @@ class ChunkedLossMixin:
 
 def is_plain_head(head: nn.Module) -> bool:
     """Whether calling `head` is one product with a weight that is all here, and nothing else."""
-    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+    if type(head) not in (nn.Linear, DeepseekMoeLinear) or head.bias is not None or "forward" in vars(head):
         return False
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
         return False

@@ -18,6 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
+from .attention_backends import AttentionNameMixin, check_packed_rows, is_all_ones
 from .balancing import sequence_ids, sum_losses
 from .causal_lm_output import DeepseekMoeCausalLMOutput, DeepseekMoeDeferredOutput, DeferredLogits
 from .chunked_loss import ChunkedLossMixin
@@ -25,6 +26,7 @@ from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import use_growing_layers
+from .linear import DeepseekMoeLinear
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
@@ -39,7 +41,7 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
     aux_loss: torch.FloatTensor | None = None
 
 
-class DeepseekMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
+class DeepseekMoePreTrainedModel(CheckpointMixin, AttentionNameMixin, PreTrainedModel):
     config_class = DeepseekMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -147,9 +149,15 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         starts_cache = use_cache and past_key_values is None
         past_key_values = use_growing_layers(DynamicCache(config=self.config) if starts_cache else past_key_values)
 
-        # transformers looks for packed sequences only where there is no cache; a new one changes nothing else.
+        # transformers looks for packed sequences only where there is neither cache nor mask. A new cache and a mask
+        # of ones change nothing else.
         masked_cache = None if starts_cache else past_key_values
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is not None and masked_cache is None:
+            if is_all_ones(attention_mask):
+                attention_mask = None
+            if attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
+                check_packed_rows(self.config, position_ids, len(inputs_embeds))
         layer_arguments = self.layer_arguments(
             inputs_embeds, attention_mask, position_ids, masked_cache, seen, learned_tokens
         )
@@ -209,7 +217,7 @@ class DeepseekMoeForCausalLM(
         super().__init__(config)
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = DeepseekMoeLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

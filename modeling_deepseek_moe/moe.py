@@ -11,6 +11,7 @@ from .balancing import (
     sequence_balance_loss,
 )
 from .experts import DeepseekMoeExperts
+from .linear import DeepseekMoeLinear
 from .router import DeepseekMoeRouter
 
 
@@ -19,9 +20,9 @@ class DeepseekMoeMLP(nn.Module):
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = DeepseekMoeLinear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

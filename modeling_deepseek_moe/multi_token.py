@@ -7,6 +7,7 @@ from .attention import DeepseekMoeRMSNorm
 from .balancing import sum_losses
 from .checkpoint_layout import MTP_COPIES
 from .decoder_layer import DeepseekMoeDecoderLayer
+from .linear import DeepseekMoeLinear
 
 
 class DeepseekMoeSharedHead(nn.Module):
@@ -28,7 +29,7 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         super().__init__(config, layer_idx)
         self.enorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = DeepseekMoeLinear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekMoeSharedHead(config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

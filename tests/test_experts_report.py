@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners import lora
 from tiny_run import counting_rows, tiny_base, tiny_tokenizer, write_jsonl
 from typer.testing import CliRunner
 
@@ -202,9 +203,15 @@ def with_adapter(base, folder, targets=("all",)):
     return folder
 
 
-def test_an_adapter_routes_as_the_model_it_is_merged_into(tmp_path, base, one):
+def test_an_adapter_routes_as_the_model_it_is_merged_into(tmp_path, base, one, monkeypatch):
     adapter = with_adapter(base, tmp_path / "adapter")
+    # PEFT's own pass, which builds W + B A of all experts, serves the router only.
+    peft_pass, served = lora.ParamWrapper.forward, set()
+    monkeypatch.setattr(
+        lora.ParamWrapper, "forward", lambda self, *args: served.add(self.parameter_name) or peft_pass(self, *args)
+    )
     with_it = report_experts(base, one, output_dir=tmp_path, adapter=adapter)
+    assert served == {"weight"}
     with known_warnings():
         adapted = PeftModel.from_pretrained(DeepseekMoeForCausalLM.from_pretrained(base), adapter)
     merged = adapted.merge_and_unload()

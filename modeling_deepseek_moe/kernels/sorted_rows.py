@@ -105,10 +105,13 @@ def filled(count: int, dtype: torch.dtype) -> int:
 
     oneDNN, which multiplies the half-precision dtypes on CPU, prepares itself anew for every number of rows that it
     has not seen lately, for as long as many products take (1 to 13 ms each, oneDNN 3 on Xeon). Routing gives every
-    number there is: multiples of 16, coarser above 128, leave a few.
+    number there is: powers of two, then multiples of 16, coarser above 128, leave a few. One row alone
+    takes longer than two.
     """
     if dtype.itemsize != 2:
         return count
+    if count <= 8:
+        return max(2, 1 << (count - 1).bit_length())
     step = 16
     while 8 * step < count:
         step *= 2
