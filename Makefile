@@ -8,12 +8,13 @@ UNFINISHED := .venv/.unfinished
 # Threads that wait for work must sleep: spinning ones stall everybody else on a machine with few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all benchmark lint clean
 
 help:
 	@echo "make demo      fine-tune, score, merge and publish a tiny model (ARGS='--hub-id NAME': on the real Hub)"
 	@echo "make test      the fast tests (ARGS='-k router' chooses)"
 	@echo "make test-all  the fast and the slow tests"
+	@echo "make benchmark this package against transformers and PEFT (ARGS='decode --repeats 5')"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make clean     remove .venv, caches and build products"
 
@@ -25,6 +26,9 @@ test: $(READY)
 
 test-all: $(READY)
 	@$(BIN)/pytest $(WORKERS) $(ARGS)
+
+benchmark: $(READY)
+	@$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
