@@ -1,10 +1,18 @@
-"""Cross-entropy of a large vocabulary in chunks of tokens: the logits of all tokens never exist at once.
+"""Cross-entropy of a large vocabulary in chunks: the logits of all tokens never exist at once.
 
-For each chunk of tokens with a target, one pass makes logits, loss and gradients, and drops the logits:
+For each chunk of tokens with a target, one pass makes logits, loss and the gradient of the states, then drops the
+logits:
 
-    hidden [N, H] --head--> logits [n, V] --softmax - one_hot--> dlogits [n, V] --> dhidden [n, H], dweight [V, H]
+    hidden [N, H] --head--> logits [n, V] --softmax - one_hot--> dlogits [n, V] --> dhidden [n, H]
 
-Backward only scales these two by the gradient that arrives. A loss is a sum over tokens; its divisor stays outside.
+Backward scales that by the gradient that arrives, and goes through the vocabulary in chunks of v entries for the
+gradient of the head, with logits computed again: each entry's is one product over all tokens, rounded once, and no
+second tensor of the head's size adds them up. In float32, where adding up rounds no more than the product does, the
+first pass makes it too.
+
+    dlogits' [v, N] = exp(head[v] hidden' - logsumexp) - one_hot,    dhead[v] = dlogits' hidden
+
+A loss is a sum over tokens; its divisor stays outside.
 """
 
 import math
@@ -14,6 +22,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .causal_lm_output import DeferredLogits, defer_logits
+from .large_tensors import empty_like
 from .linear import DeepseekMoeLinear
 
 
@@ -27,13 +36,13 @@ def chunked_cross_entropy(
     """Sum of the tokens' cross-entropies in float32, and how many tokens have a target.
 
     The head is multiplied for these tokens only, in the dtype that autocast or else the weight says; the softmax is
-    float32. The weight's gradient, computed only for a weight that needs one, adds up in float32.
+    float32. The weight's gradient is computed only for a weight that needs one.
 
     Args:
         hidden_states: `[N, H]`, input of the head.
         weight: `[V, H]`, the head.
         targets: `[N]`, ids below V or `ignore_index`.
-        chunk_bytes: size of one chunk's float32 logits, at least one token's.
+        chunk_bytes: size of one chunk's float32 logits, at least one token's or one entry's.
 
     Raises:
         RuntimeError: in backward with `create_graph=True`, which asks for a second derivative.
@@ -57,12 +66,12 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, positions, targets, chunk_rows, dtype, grad_enabled):
+        needs_hidden, needs_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         ctx.chunk_rows, ctx.dtype = chunk_rows, dtype
-        ctx.save_for_backward(hidden_states, weight, positions, targets)
-        needed = [grad_enabled and needs for needs in ctx.needs_input_grad[:2]]
-        loss, ctx.gradients = _loss_and_gradients(
-            hidden_states, weight, positions, targets, chunk_rows, dtype, *needed
-        )
+        ctx.adds_up = needs_weight and dtype == _sums(weight)
+        inputs = (hidden_states, weight, positions, targets)
+        loss, logsumexp, ctx.gradients = _loss_and_gradients(*inputs, chunk_rows, dtype, needs_hidden, ctx.adds_up)
+        ctx.save_for_backward(*inputs, logsumexp)
         return loss
 
     @staticmethod
@@ -71,28 +80,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "the loss in chunks has no second derivative: set config.loss_chunk_bytes=0 to have one"
             )
-        hidden_states, weight, positions, targets = ctx.saved_tensors
+        *inputs, logsumexp = ctx.saved_tensors
+        hidden_states, weight, positions, _ = inputs
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second pass through a retained graph: the first one gave its gradients away, scaled in place.
-            _, gradients = _loss_and_gradients(
-                hidden_states, weight, positions, targets, ctx.chunk_rows, ctx.dtype, *ctx.needs_input_grad[:2]
-            )
-        results = []
-        for gradient, tensor in zip(gradients, (hidden_states, weight), strict=True):
-            # Without targets the gradients are zero, even where the loss is their mean, 0 / 0.
-            if gradient is not None and len(positions):
-                gradient.mul_(grad_output)
-            results.append(None if gradient is None else gradient.to(tensor.dtype))
-        return *results, None, None, None, None, None
+            _, _, gradients = _loss_and_gradients(*inputs, ctx.chunk_rows, ctx.dtype, needs_hidden, ctx.adds_up)
+        hidden_grad, weight_grad = gradients
+        # Without targets the gradients are zero, even where the loss is their mean, 0 / 0.
+        scale = grad_output if len(positions) else torch.ones_like(grad_output)
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(scale).to(hidden_states.dtype)
+        if ctx.adds_up:
+            weight_grad = weight_grad.mul_(scale).to(weight.dtype)
+        elif needs_weight:
+            weight_grad = _weight_gradient(*inputs, logsumexp, scale, ctx.chunk_rows, ctx.dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _sums(weight: torch.Tensor) -> torch.dtype:
+    """In which the parts of a gradient add up."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, dtype, needs_hidden, needs_weight):
-    """The loss, and the gradients of hidden states and weight in at least float32, None where none is needed."""
-    sums = torch.promote_types(weight.dtype, torch.float32)
-    losses = hidden_states.new_empty(len(positions), dtype=torch.float32)
-    hidden_grad = torch.zeros_like(hidden_states, dtype=sums) if needs_hidden else None
-    weight_grad = torch.zeros_like(weight, dtype=sums) if needs_weight else None
+    """Chunks of tokens: the loss, each token's logsumexp, and both gradients, None where none is asked for."""
+    losses, logsumexp = (hidden_states.new_empty(len(positions), dtype=torch.float32) for _ in range(2))
+    hidden_grad = torch.zeros_like(hidden_states, dtype=_sums(weight)) if needs_hidden else None
+    weight_grad = torch.zeros_like(weight, dtype=_sums(weight)) if needs_weight else None
     with torch.autocast(weight.device.type, enabled=False):
         head = weight.to(dtype)
         for start in range(0, len(positions), chunk_rows):
@@ -100,21 +116,43 @@ def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, d
             chosen, target = positions[rows], targets[rows].unsqueeze(1)
             states = hidden_states[chosen].to(dtype)
             logits = nn.functional.linear(states, head).float()
-            logits.sub_(logits.amax(-1, keepdim=True))
+            largest = logits.amax(-1, keepdim=True)
+            logits.sub_(largest)
             target_logits = logits.gather(1, target)
             total = logits.exp_().sum(-1, keepdim=True)
             losses[rows] = (total.log() - target_logits).squeeze(1)
+            logsumexp[rows] = (total.log() + largest).squeeze(1)
             if not (needs_hidden or needs_weight):
                 continue
             logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
             dlogits = logits.to(dtype)
             if needs_hidden:
-                hidden_grad[chosen] = (dlogits @ head).to(sums)
-            if needs_weight and dtype == sums:
+                hidden_grad[chosen] = (dlogits @ head).to(hidden_grad.dtype)
+            if needs_weight:
                 weight_grad.addmm_(dlogits.T, states)
-            elif needs_weight:
-                weight_grad += dlogits.T @ states
-    return losses.sum(), (hidden_grad, weight_grad)
+    return losses.sum(), logsumexp, (hidden_grad, weight_grad)
+
+
+def _weight_gradient(hidden_states, weight, positions, targets, logsumexp, scale, chunk_rows, dtype):
+    """Chunks of the vocabulary: the gradient of the weight, in its dtype."""
+    gradient = empty_like(weight)
+    if len(positions) == 0:
+        return gradient.zero_()
+    entries = max(1, chunk_rows * len(weight) // len(positions))
+    tokens = torch.arange(len(positions), device=positions.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        states = hidden_states[positions].to(dtype)
+        for start in range(0, len(weight), entries):
+            part = weight[start : start + entries].to(dtype)
+            dlogits = (part @ states.T).float().sub_(logsumexp).exp_()
+            of_part = (targets >= start) & (targets < start + len(part))
+            dlogits[targets[of_part] - start, tokens[of_part]] -= 1.0
+            dlogits = dlogits.mul_(scale).to(dtype)
+            if gradient.dtype == dtype:
+                torch.mm(dlogits, states, out=gradient[start : start + entries])
+            else:
+                gradient[start : start + entries] = dlogits @ states
+    return gradient
 
 
 class ChunkedLossMixin:

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from .large_tensors import empty_like
+from ..large_tensors import empty_like
 from .low_rank import Adapter, low_ranks
 from .sorted_rows import Segment, SortedRows
 
