@@ -1,1 +1,7 @@
-"""Streaming converters between DeepSeek's checkpoint formats and this package's, one module a format; none so far."""
+"""Streaming converters between the formats DeepSeekMoE checkpoints come in; see README.md of this folder."""
+
+from .convert import ConversionReport, convert
+from .formats import FORMATS
+from .target import ConversionError
+
+__all__ = ["FORMATS", "ConversionError", "ConversionReport", "convert"]

@@ -12,6 +12,8 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .fp8_blocks import SCALE_SUFFIX, scale_shape
+
 EXPERT_STACKING = [
     WeightConverter(
         source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
@@ -31,15 +33,22 @@ register_checkpoint_conversion_mapping("deepseek_moe", EXPERT_STACKING, overwrit
 MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 # Those, and rotary tables of older exports.
 REDUNDANT_TENSORS = [*(rf"layers\.\d+\.{re.escape(name)}$" for name in MTP_COPIES), r"inv_freq$"]
+_REDUNDANT = re.compile("|".join(REDUNDANT_TENSORS))
+# The linear layers of attention and MLPs; not router, norms, embedding, head and the MTP modules' eh_proj.
+_FP8_WEIGHT = re.compile(r"\.(?:self_attn|mlp(?:\.shared_experts|\.experts\.\d+)?)\.\w+_proj(?:_with_mqa)?\.weight$")
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 
-def expected_tensors(config) -> dict[str, TensorSpec]:
+def expected_tensors(config, fp8: bool = False) -> dict[str, TensorSpec]:
     """Name, shape and dtype of every tensor of a complete causal language model checkpoint, in layer order.
 
     MTP modules are included with their copies of embedding and head. dtype is the config's (float32 if it has
     none), except for the routing bias, which is always float32.
+
+    Args:
+        config: a `DeepseekMoeConfig`.
+        fp8: weights that `is_fp8_weight` names are float8_e4m3fn, each followed by its float32 scales (FACTS 3.4).
     """
     dtype = config.dtype or torch.float32
     if isinstance(dtype, str):  # save_pretrained leaves a name in the config
@@ -51,10 +60,14 @@ def expected_tensors(config) -> dict[str, TensorSpec]:
     specs["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         specs["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return {
-        name: (shape, torch.float32 if name.endswith("e_score_correction_bias") else dtype)
-        for name, shape in specs.items()
-    }
+    tensors = {}
+    for name, shape in specs.items():
+        if fp8 and is_fp8_weight(name):
+            tensors[name] = (shape, torch.float8_e4m3fn)
+            tensors[name + SCALE_SUFFIX] = (scale_shape(shape), torch.float32)
+        else:
+            tensors[name] = (shape, torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+    return tensors
 
 
 def parameter_counts(config) -> tuple[int, int]:
@@ -83,9 +96,14 @@ def is_mtp_tensor(name: str, config) -> bool:
     return bool(separator) and index.isdigit() and int(index) >= config.num_hidden_layers
 
 
+def is_fp8_weight(name: str) -> bool:
+    """Whether DeepSeek publishes this tensor in FP8 blocks, where a checkpoint is in FP8 at all (FACTS 3.4)."""
+    return _FP8_WEIGHT.search(name) is not None
+
+
 def is_redundant(name: str) -> bool:
     """Whether a checkpoint may carry or lack this tensor freely."""
-    return any(re.search(pattern, name) for pattern in REDUNDANT_TENSORS)
+    return _REDUNDANT.search(name) is not None
 
 
 def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:

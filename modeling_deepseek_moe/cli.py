@@ -112,6 +112,25 @@ def experts(
 
 @app.command()
 @_reported
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint; it is only read.")],
+    target: Annotated[Path, typer.Argument(help="New folder, or one that the same call was stopped in.")],
+    to: Annotated[str, typer.Option(help="bf16, fp8, deepseek, deepseek_v2 or deepseek_v3.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights that are not FP8: bfloat16, float16 or float32.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every tensor.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan, stop.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy files that stay as they are instead of linking.")] = False,
+) -> None:
+    """Convert a checkpoint to another format, of any size; the same command goes on where a killed one stopped."""
+    from .conversion.command import run_convert
+
+    run_convert(source, target, to, dtype=dtype, verify=verify, dry_run=dry_run, copy=copy)
+
+
+@app.command()
+@_reported
 def demo(
     output_dir: Annotated[Path | None, typer.Option(help="Where to write; a temporary folder by default.")] = None,
     hub_id: Annotated[

@@ -4,12 +4,13 @@ import os
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoint_files import CheckpointError, check_folder, check_tensors, read_header
-from .checkpoint_layout import MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor
+from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
+from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor
+from .fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -39,9 +40,19 @@ class CheckpointMixin:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # A quantiser renames and reshapes tensors; transformers' own report covers those checkpoints. `expected_keys`
         # are given for an adapter, which goes on top of a model that is already there.
-        if load_config.hf_quantizer is None and expected_keys is None:
+        from_fp8 = expected_keys is None and is_fp8_to_dequantize(load_config)
+        if (load_config.hf_quantizer is None or from_fp8) and expected_keys is None:
             check_and_fit(model, state_dict, checkpoint_files, load_config)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if from_fp8:
+            dequantize_ragged_blocks(load_config)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        if from_fp8:
+            # It is a plain model from here on, and saved as one.
+            renamings = [rule for rule in model._weight_conversions if isinstance(rule, WeightRenaming)]
+            model._weight_conversions = [*renamings, *EXPERT_STACKING]
+        return loaded
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -76,23 +87,27 @@ class CheckpointMixin:
 def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
     """Raises for a checkpoint that does not fit the model, and takes off MTP modules it does not have."""
     source = str(load_config.pretrained_model_name_or_path or "the state dict")
-    file_of = {}
+    specs, file_of = {}, {}
     if state_dict is not None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        safetensors_name = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0", torch.float32: "F32"}
+        for name, tensor in state_dict.items():
+            specs[name] = (safetensors_name.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
     else:
-        shapes = {}
         for file in checkpoint_files:
-            header = read_header(file) if str(file).endswith(".safetensors") else {}
-            shapes |= header
-            file_of |= dict.fromkeys(header, file)
-    if not shapes:
+            entries = read_entries(file) if str(file).endswith(".safetensors") else {}
+            specs |= {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+            file_of |= dict.fromkeys(entries, file)
+    if not specs:
         return
-    scales = [name for name in shapes if name.endswith(".weight_scale_inv")]
-    if scales:
+    scales = [name for name in specs if name.endswith(f".weight{SCALE_SUFFIX}")]
+    if load_config.hf_quantizer is not None:
+        check_fp8_scales(specs, source, fp8_block(load_config.hf_quantizer))
+    elif scales:
         raise CheckpointError(
             f"{source} holds FP8 weights ({scales[0]}, ...) but its config has no quantization_config; "
-            "add it, or convert the weights to bfloat16 first"
+            "add it, or convert the weights with `deepseek-moe convert --to bf16`"
         )
+    shapes = {name: shape for name, (_, shape) in specs.items() if not name.endswith(SCALE_SUFFIX)}
     # A user's `key_mapping` renames while loading.
     renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
     for rule in renamings:
@@ -109,6 +124,69 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
             del load_config.device_map[name]
     elif has_mtp:
         warn_of_other_copies(file_of, model.config, source)
+
+
+class DequantizeBlocks(ConversionOps):
+    """The load operation that turns FP8 weights and their scales into the model's dtype, ragged blocks included.
+
+    transformers 5.23 has its own, which divides the weight evenly by the number of scales: it refuses V3's
+    `kv_a_proj_with_mqa` (576 rows in 5 blocks), and misreads a weight whose rows happen to divide.
+    """
+
+    def __init__(self, hf_quantizer):
+        # transformers leaves the dtypes of what goes through an operation with this attribute alone.
+        self.hf_quantizer = hf_quantizer
+        self.block = fp8_block(hf_quantizer)
+
+    def convert(self, input_dict: dict, full_layer_name: str, model, **kwargs) -> dict:
+        module_name, _, name = full_layer_name.rpartition(".")
+        dtype = getattr(model.get_submodule(module_name), name).dtype
+        result = {}
+        for key, tensors in input_dict.items():
+            if key.endswith((SCALE_SUFFIX, "activation_scale")):
+                continue
+            scales = input_dict.get(key + SCALE_SUFFIX)
+            if scales is None:
+                tensors = [tensor.to(dtype) for tensor in tensors]
+            else:
+                pairs = zip(tensors, scales, strict=True)
+                tensors = [dequantize_blocks(weight, scale, dtype, self.block) for weight, scale in pairs]
+            if key == "weight":
+                return {full_layer_name: tensors[0]}
+            result[key] = tensors
+        return result
+
+
+def is_fp8_to_dequantize(load_config) -> bool:
+    """Whether the checkpoint's FP8 blocks become plain weights while loading.
+
+    Raises:
+        CheckpointError: they would stay FP8, as transformers wants it on a GPU that can multiply them; absorbed
+            attention computes with the weights themselves, without their scales.
+    """
+    config = getattr(load_config.hf_quantizer, "quantization_config", None)
+    if getattr(config, "quant_method", None) != "fp8":
+        return False
+    if not config.dequantize:
+        raise CheckpointError(
+            f"{load_config.pretrained_model_name_or_path}: weights cannot stay FP8 in this model; pass "
+            "quantization_config=FineGrainedFP8Config(dequantize=True)"
+        )
+    return True
+
+
+def fp8_block(hf_quantizer) -> tuple[int, int]:
+    """Rows and columns of a block, as the checkpoint's `quantization_config` says."""
+    return tuple(hf_quantizer.quantization_config.weight_block_size or BLOCK)
+
+
+def dequantize_ragged_blocks(load_config) -> None:
+    """Puts `DequantizeBlocks` where the quantizer put its own operation."""
+    theirs = load_config.hf_quantizer.get_load_operations()["dequantize"]
+    ours = DequantizeBlocks(load_config.hf_quantizer)
+    for converter in load_config.weight_mapping:
+        if isinstance(converter, WeightConverter):
+            converter.operations = [ours if isinstance(op, theirs) else op for op in converter.operations]
 
 
 def warn_of_other_copies(file_of: dict[str, str], config, source: str) -> None:

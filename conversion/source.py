@@ -1,0 +1,231 @@
+"""A checkpoint to convert: its config, where every tensor lies, and all checks that need no tensor's values."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
+from modeling_deepseek_moe.checkpoint_files import (
+    FP8_DTYPE,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorEntry,
+    check_fp8_scales,
+    check_tensors,
+    read_entries,
+    read_index,
+    read_json,
+)
+from modeling_deepseek_moe.checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
+from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+
+CONFIG_NAME = "config.json"
+RECORD_NAME = "conversion.json"
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    FP8_DTYPE: torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".npz")
+_READ_DTYPES = ("F32", "F16", "BF16", FP8_DTYPE)
+_LAYER_FIELDS = ("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
+_MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """A sound checkpoint folder of the family.
+
+    Attributes:
+        folder: where it is, with links resolved.
+        config_json: its `config.json` as it is written.
+        config: what that means; `num_nextn_predict_layers` is 0 if the tensors of the MTP modules are not there.
+        file_of: the file of every tensor.
+        entries: dtype, shape and place of every tensor.
+        block: rows and columns of FP8 blocks.
+        other_files: names of what lies beside the weights: tokenizer, licence and so on.
+    """
+
+    folder: Path
+    config_json: dict[str, Any]
+    config: DeepseekMoeConfig
+    file_of: dict[str, str]
+    entries: dict[str, TensorEntry]
+    block: tuple[int, int]
+    other_files: list[str]
+
+    @cached_property
+    def names_of_file(self) -> dict[str, list[str]]:
+        """The tensors of every file, files in the order of their names."""
+        names: dict[str, list[str]] = {file: [] for file in sorted(set(self.file_of.values()))}
+        for name, file in self.file_of.items():
+            names[file].append(name)
+        return names
+
+    @property
+    def lost_mtp_layers(self) -> bool:
+        """Whether `config.json` announces MTP modules that are not there."""
+        return self.config.num_nextn_predict_layers == 0 and any(self.config_json.get(f) for f in _LAYER_FIELDS[1:])
+
+    def is_fp8(self, name: str) -> bool:
+        return self.entries[name].dtype == FP8_DTYPE
+
+    def dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self.entries[name].dtype]
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self.entries[name].stop - self.entries[name].start
+
+    def fingerprint(self) -> str:
+        """Changes whenever a file of the checkpoint is replaced or written to."""
+        digest = hashlib.sha256(json.dumps(self.config_json, sort_keys=True).encode())
+        for file in self.names_of_file:
+            state = (self.folder / file).stat()
+            digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
+    """Reads config, index and headers of a checkpoint folder, and checks that they are one whole, sound checkpoint.
+
+    Raises:
+        CheckpointError: one line that names file and tensor; nothing is converted from such a folder.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is not a folder; download a model first: hf download NAME --local-dir FOLDER")
+    folder = Path(folder).resolve()
+    config_json = _read_config(folder)
+    files = _weight_files(folder)
+    _check_links(folder, files)
+    file_of, entries = _read_headers(folder, files)
+    try:
+        config = DeepseekMoeConfig.from_dict(dict(config_json))
+    except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+    block = _fp8_block(folder, config_json)
+    _check_against_config(folder, config, file_of, entries, block)
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and _is_other(path.name))
+    _check_links(folder, others)
+    return SourceCheckpoint(folder, config_json, config, file_of, entries, block, others)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG_NAME}")
+    _check_links(folder, [CONFIG_NAME])
+    try:
+        config_json = read_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config_json, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    for field in _LAYER_FIELDS:
+        layers = config_json.get(field)
+        if isinstance(layers, int | float) and layers > _MAX_LAYERS:
+            raise CheckpointError(f"{path}: {field}={layers} is more than the {_MAX_LAYERS} layers read here")
+    return config_json
+
+
+def _weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """Every weight file with the tensors that the index puts there, or None if there is no index."""
+    if (folder / SINGLE_NAME).is_file():
+        return {SINGLE_NAME: None}
+    if (folder / INDEX_NAME).is_file():
+        _check_links(folder, [INDEX_NAME])
+        files: dict[str, list[str] | None] = {}
+        for name, file in read_index(folder).items():
+            files.setdefault(file, []).append(name)
+        wrong = next((file for file in files if not file.endswith(".safetensors")), None)
+        if wrong:
+            raise CheckpointError(f"{folder / INDEX_NAME} names {wrong}, which is no safetensors file")
+        return files
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    hint = f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else ""
+    raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+
+
+def _check_links(folder: Path, names) -> None:
+    """Refuses links out of the folder, except the ones that huggingface_hub's own cache is made of."""
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    for name in names:
+        target = (folder / name).resolve()
+        if target.parent not in (folder, blobs):
+            raise CheckpointError(f"{folder / name} is a link out of its folder, to {target}")
+
+
+def _read_headers(folder: Path, files) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    file_of, entries = {}, {}
+    for file, indexed in sorted(files.items()):
+        path = folder / file
+        found = read_entries(path)
+        for name, entry in found.items():
+            if name in file_of:
+                raise CheckpointError(f"{path}: tensor {name} is in {file_of[name]} as well")
+            file_of[name], entries[name] = file, entry
+        if indexed is None:
+            continue
+        for name in indexed:
+            if name not in found:
+                raise CheckpointError(f"{path} lacks tensor {name}, which {INDEX_NAME} puts there")
+        if len(indexed) < len(found):
+            stray = next(iter(found.keys() - set(indexed)))
+            raise CheckpointError(f"{path} has tensor {stray}, which {INDEX_NAME} does not put there")
+    return file_of, entries
+
+
+def _fp8_block(folder: Path, config_json: dict) -> tuple[int, int]:
+    quantization = config_json.get("quantization_config")
+    if quantization is None:
+        return BLOCK
+    where = f"{folder / CONFIG_NAME}: quantization_config"
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        raise CheckpointError(f"{where}={quantization!a} is not read; only FP8 blocks are (quant_method 'fp8')")
+    block = quantization.get("weight_block_size", list(BLOCK))
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise CheckpointError(f"{where}.weight_block_size={block!a} is not two positive numbers")
+    return block[0], block[1]
+
+
+def _check_against_config(folder: Path, config, file_of, entries, block) -> None:
+    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers + config.num_nextn_predict_layers)))
+    if moe_layers and moe_layers * config.n_routed_experts > 4 * len(specs) + 10_000:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: n_routed_experts={config.n_routed_experts} in {moe_layers} layers are far more "
+            f"than the {len(specs)} tensors of the folder"
+        )
+    check_fp8_scales(specs, str(folder), block)
+    shapes = {name: shape for name, (_, shape) in specs.items() if not name.endswith(SCALE_SUFFIX)}
+    has_mtp = check_tensors(config, shapes, not config.tie_word_embeddings, str(folder))
+    expected = expected_tensors(config)
+    if not has_mtp:
+        expected = {name: spec for name, spec in expected.items() if not is_mtp_tensor(name, config)}
+        config.num_nextn_predict_layers = 0
+    for name, shape in shapes.items():
+        problem, dtype = None, specs[name][0]
+        if name not in expected and not is_redundant(name):
+            problem = f"belongs to no model of this {CONFIG_NAME}"
+        elif name in expected and shape != expected[name][0]:
+            problem = f"is {list(shape)} instead of {list(expected[name][0])}"
+        elif dtype not in _READ_DTYPES:
+            problem = f"is {dtype}, not one of {', '.join(_READ_DTYPES)}"
+        if problem:
+            raise CheckpointError(f"{folder / file_of[name]}: tensor {name} {problem}")
+
+
+def _is_other(name: str) -> bool:
+    is_weight = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
+    return not is_weight and not name.startswith(".") and name not in (CONFIG_NAME, RECORD_NAME)
