@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -300,7 +301,8 @@ def test_t22_a_saved_config_reads_back_equal_and_keeps_its_routing_and_yarn(line
 @pytest.mark.parametrize("native_class", [DeepseekV2Config, DeepseekV3Config])
 def test_a_json_that_transformers_own_class_saved_means_the_same_here(native_class, tmp_path):
     lineage = {DeepseekV2Config: "v2", DeepseekV3Config: "v3"}[native_class]
-    known = {name: value for name, value in JSON_OF_LINEAGE[lineage].items() if name != "model_type"}
+    # Copied: transformers' classes write into the dictionaries they are given.
+    known = {name: deepcopy(value) for name, value in JSON_OF_LINEAGE[lineage].items() if name != "model_type"}
     native_class(**known, num_key_value_heads=4).save_pretrained(tmp_path)
     native = json.loads((tmp_path / "config.json").read_text())
     assert "rope_scaling" not in native and "rope_theta" not in native

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
@@ -44,6 +45,32 @@ def test_outputs_and_all_gradients_equal_those_of_the_eager_reference(implementa
     for reference, actual in zip(*results, strict=True):
         # float32, sums of at most 32 products in another order.
         torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_sorted_mm_serves_other_models_of_the_experts_interface(model_type):
+    sizes = {"num_local_experts": 4} if model_type == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 16}
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model(model_type, **common, **sizes, **heads, intermediate_size=16, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    ids, results = torch.randint(0, 64, (2, 9)), []
+    for name in ("eager", "sorted_mm"):
+        model.set_experts_implementation(name)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        results.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in results[0].items():
+        # float32 sums of at most a few hundred products in another order.
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_sorted_mm_refuses_experts_of_another_kind_by_name():
+    experts = make_experts("sorted_mm")
+    experts.has_bias = True
+    with pytest.raises(ValueError, match='"sorted_mm": DeepseekMoeExperts has has_bias=True; use "grouped_mm"'):
+        experts(torch.randn(1, 32), torch.tensor([[0, 1]]), torch.rand(1, 2))
 
 
 def test_the_reference_skips_slots_that_another_rank_serves():

@@ -80,11 +80,12 @@ def test_importing_the_package_does_not_import_what_only_commands_need(tmp_path)
 
 def test_the_readmes_tree_names_what_is_there_and_leaves_out_no_module():
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
-    named, folder = set(), ""
+    named, folders = set(), []
     for line in tree.strip().splitlines():
-        names = [line[4:].split()[0]] if line.startswith("    ") else re.split(r"\s{3,}", line)[0].split()
-        named |= {folder + name if line.startswith("    ") else name for name in names}
-        folder = folder if line.startswith("    ") else names[0]
+        depth = (len(line) - len(line.lstrip())) // 4
+        paths = ["".join(folders[:depth]) + name for name in re.split(r"\s{3,}", line.strip())[0].split()]
+        named.update(paths)
+        folders[depth:] = [paths[0].removeprefix("".join(folders[:depth]))]
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    modules = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert sorted(path for path in modules - named if not path.endswith("/__init__.py")) == []
