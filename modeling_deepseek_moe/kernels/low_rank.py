@@ -1,12 +1,15 @@
 """Low-rank updates of stacked expert weights, as PEFT stores them and as the products take them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from ..large_tensors import empty, empty_like
 from .sorted_rows import SortedRows, grouped
+
+_STRIP = 128
 
 
 class Adapter(NamedTuple):
@@ -30,21 +33,20 @@ class LowRank:
             A, B = A.unflatten(0, (routing.num_experts, -1)), B.unflatten(1, (-1, routing.num_experts))
             if routing.few is not None:
                 A, B = A.index_select(0, routing.few), B.index_select(2, routing.few)
-            B = (B * scaling).to(routing.dtype)
             stacks_A.append(A.to(routing.dtype))
-            # Transposed as a matrix, for which there is a fast copy.
-            stacks_B.append(B.flatten(1).t().contiguous().unflatten(0, B.shape[1:]))
+            scaled = torch.mul(B, scaling, out=empty(B.shape, routing.dtype, B.device)).flatten(1)
+            stacks_B.append(_transposed_copy(scaled, scaled.dtype).unflatten(0, B.shape[1:]))
         self.A, B = _cat(stacks_A, 1), _cat(stacks_B, 0)
         # Rows that `grouped_mm` reads are multiples of 16 bytes.
         if grouped(B.device) and (padding := -len(B) % (16 // B.itemsize)):
             self.A, B = F.pad(self.A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, 0, 0, padding))
         self.B = B.transpose(0, 1)
-        self.dA, self.dB = (torch.zeros_like(f) if is_trained else None for f in (self.A, self.B))
-
-    def add_gradients(self, slot: int | slice, outer: Callable, dt, x, t, dy) -> None:
-        """`outer(a, b)` is `a' b` of each expert's rows."""
-        self.dA[slot] = outer(dt, x)
-        self.dB[slot] = outer(t, dy)
+        if is_trained:
+            self.dA, self.dB = empty_like(self.A), empty_like(B).transpose(0, 1)
+            if routing.few is None:
+                for expert in routing.unserved:
+                    self.dA[expert].zero_()
+                    self.dB[expert].zero_()
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
         """Of A and B of each adapter, laid out as they are."""
@@ -54,12 +56,12 @@ class LowRank:
                 yield from (None, None)
                 continue
             rank = len(A) // self.routing.num_experts
-            dA, dB = (gradient[:, start : start + rank] for gradient in (self.dA, self.dB))
+            dA, dB = self.dA[:, start : start + rank], self.dB[:, start : start + rank]
             if (few := self.routing.few) is not None:
                 every = self.routing.num_experts
                 dA, dB = (g.new_zeros(every, *g.shape[1:]).index_copy_(0, few, g) for g in (dA, dB))
-            yield dA.flatten(0, 1).to(A.dtype)
-            yield dB.transpose(0, 1).flatten(0, 1).t().contiguous().to(B.dtype).mul_(scaling)
+            yield empty_like(A).copy_(dA.flatten(0, 1))
+            yield _transposed_copy(dB.transpose(0, 1).flatten(0, 1), B.dtype).mul_(scaling)
             start += rank
 
 
@@ -75,6 +77,16 @@ def low_ranks(routing: SortedRows, scalings, factors, needs=()) -> list[LowRank 
         result.append(LowRank(adapters, routing, any(needs[part])) if adapters else None)
         start = part.stop
     return result
+
+
+def _transposed_copy(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`matrix.t()` in another dtype, contiguous."""
+    result = empty(matrix.shape[::-1], dtype, matrix.device)
+    if matrix.device.type == "cpu":  # in strips that stay in the cache, a third of the time
+        for strip, columns in zip(matrix.split(_STRIP), result.split(_STRIP, 1), strict=True):
+            columns.copy_(strip.t())
+        return result
+    return result.copy_(matrix.t())
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:

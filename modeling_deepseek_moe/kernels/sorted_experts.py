@@ -111,7 +111,7 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, 
             if needs_W2:
                 _outer(dy, (h * w).to(h.dtype), segment.ends, out=dW2[segment.expert])
             if down_low and down_low.is_trained:
-                _add_factor_gradients(down_low, segment, (v * w).to(p.dtype), h, (u * w).to(p.dtype), dy)
+                _set_factor_gradients(down_low, segment, (v * w).to(p.dtype), h, (u * w).to(p.dtype), dy)
             d_gate_up_rows = d_gate_up.contiguous()
             dx, v = _linear_transposed(d_gate_up_rows, W1 if needs_x else None, gate_up_low, segment)
             if needs_x:
@@ -121,7 +121,7 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, 
             if needs_W1:
                 _outer(d_gate_up, x, segment.ends, out=dW1[segment.expert])
             if trains_gate_up:
-                _add_factor_gradients(gate_up_low, segment, v, x, t, d_gate_up_rows)
+                _set_factor_gradients(gate_up_low, segment, v, x, t, d_gate_up_rows)
         dw_NK = routing.of_pairs(dw_R)
         gradients = [gradient for low_rank in adapted if low_rank for gradient in low_rank.gradients()]
         return dx_NH.to(hidden_states.dtype), dw_NK.to(top_k_weights.dtype), dW1, dW2, *gradients
@@ -152,8 +152,9 @@ def _no_gradient(weight: torch.Tensor, routing: SortedRows) -> torch.Tensor:
     return gradient
 
 
-def _add_factor_gradients(low_rank, segment: Segment, dt, x, t, dy) -> None:
-    low_rank.add_gradients(segment.slot, lambda a, b: _outer(a, b, segment.ends), dt, x, t, dy)
+def _set_factor_gradients(low_rank, segment: Segment, v, x, t, dy) -> None:
+    _outer(v, x, segment.ends, out=low_rank.dA[segment.slot])
+    _outer(t, dy, segment.ends, out=low_rank.dB[segment.slot])
 
 
 def _linear(x, weight, low_rank, segment):
