@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from .linear import DeepseekMoeLinear
 
+_BLOCK = 128  # tokens
+
 
 def absorbed_is_cheaper(config, query_length: int, key_length: int) -> bool:
     """Whether the absorbed form takes fewer multiply-adds a head than expanding the whole cache.
@@ -92,14 +94,44 @@ def score_latents(queries: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
     if queries.device.type != "cpu":
         return queries @ cached.mT
     # A batched product copies a transposed or narrowed operand first, here the whole cache at every token.
-    return torch.stack([(tokens @ rows.mT).mT for rows, tokens in zip(queries, cached, strict=True)])
+    return torch.stack([_score(rows, tokens) for rows, tokens in zip(queries, cached, strict=True)])
 
 
 def mix_latents(weights: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Sums of the latents `[B, L, rank]`, weighted by `[B, R, L]`: `[B, R, rank]`."""
     if weights.device.type != "cpu":
         return weights @ latents
-    return torch.stack([rows @ tokens for rows, tokens in zip(weights, latents, strict=True)])
+    return torch.stack([_mix(rows, tokens) for rows, tokens in zip(weights, latents, strict=True)])
+
+
+def _score(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    missing = _missing_tokens(tokens)
+    if not missing:
+        return (tokens @ rows.mT).mT
+    blocks, rest = tokens.split([len(tokens) + missing - _BLOCK, _BLOCK - missing])
+    of_rest = F.pad(rest, (0, 0, 0, missing)) @ rows.mT
+    return torch.cat((blocks @ rows.mT, of_rest[: len(rest)])).mT
+
+
+def _mix(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    missing = _missing_tokens(tokens)
+    if not missing:
+        return rows @ tokens
+    sizes = [len(tokens) + missing - _BLOCK, _BLOCK - missing]
+    (blocks, rest), (of_blocks, of_rest) = tokens.split(sizes), rows.split(sizes, dim=-1)
+    mixed_rest = F.pad(of_rest, (0, missing)) @ F.pad(rest, (0, 0, 0, missing))
+    return of_blocks.contiguous() @ blocks + mixed_rest
+
+
+def _missing_tokens(tokens: torch.Tensor) -> int:
+    """How many are missing in the last block, 0 where blocks are of no use.
+
+    oneDNN, which multiplies the half-precision dtypes on CPU, prepares itself anew for every size and stride that it
+    has not seen: at 8k tokens that takes three times as long as the products of a layer, and decoding makes the cache
+    longer at every token. Whole blocks and a filled last one change their size once a block.
+    """
+    is_prepared = tokens.itemsize == 2 and not torch.compiler.is_compiling()
+    return -len(tokens) % _BLOCK if is_prepared else 0
 
 
 def visible_keys(

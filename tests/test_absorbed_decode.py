@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference_flash import flash_by_name  # noqa: F401
 from tiny import tiny_config, tiny_ids, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from two_forms import (  # noqa: F401
     ABSORBED,
@@ -16,6 +17,8 @@ from two_forms import (  # noqa: F401
     padded,
     shared_model,
 )
+
+from modeling_deepseek_moe.absorption import mix_latents, score_latents
 
 LINEAGES = ["v2", "v3"]
 MODES = {
@@ -138,3 +141,27 @@ def vars_of(layer) -> list[torch.Tensor]:
     """All tensors that a cache layer holds on to."""
     kept = [each for value in vars(layer).values() for each in (value if isinstance(value, list) else [value])]
     return [each for each in kept if isinstance(each, torch.Tensor)]
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_products_with_a_half_precision_cache_go_by_blocks_of_one_size(length):
+    torch.manual_seed(0)
+    queries, weights = torch.randn(2, 3, 24).bfloat16(), torch.rand(2, 3, length).bfloat16()
+    cached = torch.randn(2, length, 24).bfloat16()
+    # bfloat16 keeps 8 bits: one rounding of each part, one of their sum.
+    bound = {"rtol": 2**-7, "atol": 2**-8 * length**0.5}
+    scores, mixed = score_latents(queries, cached), mix_latents(weights, cached[..., :16])
+    torch.testing.assert_close(scores.double(), queries.double() @ cached.double().mT, **bound)
+    torch.testing.assert_close(mixed.double(), weights.double() @ cached[..., :16].double(), **bound)
+    sizes = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                sizes.update(args[0].shape + args[1].shape)
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        score_latents(queries, cached)
+        mix_latents(weights, cached[..., :16])
+    assert {3, 16, 24} < sizes and all(size % 128 == 0 for size in sizes - {3, 16, 24})

@@ -1,4 +1,7 @@
-"""One decoded token on a filled cache: the whole step, and the attention of one layer in it."""
+"""One decoded token on a filled cache: the whole step, and the attention of one layer in it.
+
+Every run decodes the next token, as generation does, so a cache grows by as many tokens as there are runs.
+"""
 
 from __future__ import annotations
 
@@ -136,11 +139,7 @@ def faster_experts(bench: Workbench, theirs: Side) -> str:
 
 
 def _step(bench: Workbench, side: Side, cache: Cache):
-    context = cache.get_seq_length()
-
     def prepare(seed: int):
-        if cache.get_seq_length() > context:
-            cache.crop(-1)
         side.route(1, seed)
         ids = bench.ids(1, seed)
         return lambda: side.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
@@ -151,11 +150,9 @@ def _step(bench: Workbench, side: Side, cache: Cache):
 def _attention(side: Side, context: int):
     cache = filled_cache(side, context, layers=1)
     base = side.model.model
-    positions = torch.tensor([[context]])
 
     def prepare(seed: int):
-        if cache.get_seq_length() > context:
-            cache.layers[0].crop(-1)
+        positions = torch.tensor([[cache.get_seq_length()]])
         generator = torch.Generator().manual_seed(seed)
         states = torch.randn(1, 1, base.config.hidden_size, generator=generator).to(side.model.dtype)
         rotary = base.rotary_emb(states, positions)
