@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from .linear import DeepseekMoeLinear
 
-_BLOCK = 128  # tokens
+_BLOCK = 32  # tokens
 
 
 def absorbed_is_cheaper(config, query_length: int, key_length: int) -> bool:

@@ -143,7 +143,7 @@ def vars_of(layer) -> list[torch.Tensor]:
     return [each for each in kept if isinstance(each, torch.Tensor)]
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 300])
 def test_products_with_a_half_precision_cache_go_by_blocks_of_one_size(length):
     torch.manual_seed(0)
     queries, weights = torch.randn(2, 3, 24).bfloat16(), torch.rand(2, 3, length).bfloat16()
@@ -164,4 +164,4 @@ def test_products_with_a_half_precision_cache_go_by_blocks_of_one_size(length):
     with Products():
         score_latents(queries, cached)
         mix_latents(weights, cached[..., :16])
-    assert {3, 16, 24} < sizes and all(size % 128 == 0 for size in sizes - {3, 16, 24})
+    assert {3, 16, 24} < sizes and all(size % 32 == 0 for size in sizes - {3, 16, 24})
