@@ -2,6 +2,8 @@
 
 from .convert import ConversionReport, convert
 from .formats import FORMATS
+from .request import ADAPTER_FORMATS
 from .target import ConversionError
+from .upcycle import UpcycleOptions
 
-__all__ = ["FORMATS", "ConversionError", "ConversionReport", "convert"]
+__all__ = ["ADAPTER_FORMATS", "FORMATS", "ConversionError", "ConversionReport", "UpcycleOptions", "convert"]

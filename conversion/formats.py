@@ -3,6 +3,7 @@
 A format with names of its own makes its `Plan` from steps and recipes in the same way; the worker knows no format.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,15 @@ import torch
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_redundant
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 
+from .inference_config import INFERENCE
+from .inference_plan import cut, joined
+from .inference_source import JoinedCheckpoint, holds_ranks, open_ranks
+from .merging import AppliedAdapter
 from .native_configs import NATIVE_MODELS
 from .plan import Plan, Step, TensorSpec, shards_like_source
 from .recipes import Cast, Copy, Dequantize, Quantize
-from .source import SourceCheckpoint
+from .source import SourceCheckpoint, open_source
+from .upcycle import UPCYCLE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,10 +65,34 @@ FORMATS = {
     "bf16": Format("plain bfloat16 weights", False, torch.bfloat16, _same_config, keeps_code=True),
     "fp8": Format("FP8 blocks of 128x128, as DeepSeek-V3 is published", True, torch.bfloat16, _same_config, True),
     **{model_type: _native(model_type) for model_type in NATIVE_MODELS},
+    INFERENCE: Format("DeepSeek's own model-parallel files and their ModelArgs", None, None, _same_config, True),
 }
 
 
-def plan_conversion(source: SourceCheckpoint, to: str, dtype: str | None = None) -> Plan:
+def open_checkpoint(folder: str | os.PathLike, source_format: str | None = None) -> SourceCheckpoint:
+    """A checkpoint to convert, in either of the two layouts that are read.
+
+    Args:
+        folder: where it is.
+        source_format: "deepseek-inference"; by default that if the folder has files of ranks and nothing else, and
+            safetensors under published names otherwise.
+
+    Raises:
+        ValueError: another format.
+        CheckpointError: as `open_source` and `open_ranks` do.
+    """
+    if source_format not in (None, INFERENCE):
+        raise ValueError(f"source format {source_format!r} is not {INFERENCE!r}, the only one to be named")
+    return open_ranks(folder) if source_format or holds_ranks(folder) else open_source(folder)
+
+
+def plan_conversion(
+    source: SourceCheckpoint,
+    to: str,
+    dtype: str | None = None,
+    mp: int | None = None,
+    adapter: AppliedAdapter | None = None,
+) -> Plan:
     """What converting `source` writes.
 
     Args:
@@ -70,29 +100,45 @@ def plan_conversion(source: SourceCheckpoint, to: str, dtype: str | None = None)
         to: a key of `FORMATS`.
         dtype: a key of `DTYPES`: the type of all weights that are not FP8 afterwards. FP8 weights of the source become
             plain ones, unless the format is FP8 itself. By default what the format says.
+        mp: model-parallel ranks of "deepseek-inference", 1 by default.
+        adapter: what is merged into `source`; FP8 weights then become plain ones as with a dtype.
 
     Raises:
-        ValueError: no such format or dtype, or one that contradicts the other.
+        ValueError: no such format or dtype, or an option that contradicts the format.
         CheckpointError: the format cannot express the model; names the field.
     """
     if to not in FORMATS:
-        raise ValueError(f"format {to!r} is not one of {', '.join(FORMATS)}")
+        raise ValueError(f"format {to!r} is not one of {', '.join([*FORMATS, UPCYCLE])}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if to == "bf16" and dtype not in (None, "bfloat16"):
         raise ValueError(f"dtype {dtype!r} contradicts the format 'bf16'; name the model type as the format instead")
+    if mp is not None and (to != INFERENCE or mp < 1):
+        raise ValueError(f"mp={mp} must be at least 1, and belongs to the format {INFERENCE!r}, not to {to!r}")
     row = FORMATS[to]
     plain_dtype = DTYPES[dtype] if dtype else row.dtype
-    fp8 = False if dtype and row.fp8 is None else row.fp8
+    fp8 = False if (dtype or adapter) and row.fp8 is None else row.fp8
+    adapter = adapter or AppliedAdapter(source)
+    source = adapter.source
 
     def step_of(name: str) -> Step | None:
-        return _step(source, name, fp8, plain_dtype)
+        return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype))
 
     shards = shards_like_source(source, step_of)
     written = {spec.dtype for shard in shards for spec in shard.tensors()}
     config_json = _with_weights(row.config_json(source), source, torch.float8_e4m3fn in written, plain_dtype)
     others = tuple(name for name in source.other_files if row.keeps_code or not name.endswith(".py"))
-    return Plan(source, to, shards, config_json, others)
+    plan = Plan(source, to, shards, config_json, others, without_logits=adapter.without_logits)
+    if to == INFERENCE:
+        plan = cut(plan, mp or 1)
+    return joined(plan) if isinstance(source, JoinedCheckpoint) else plan
+
+
+def plan_plain(source: SourceCheckpoint, dtype: torch.dtype) -> Plan:
+    """The plan of all weights in `dtype` and under published names, for a model that is loaded from it."""
+    shards = shards_like_source(source, lambda name: _step(source, name, False, dtype))
+    plan = Plan(source, "", shards, _with_weights(_same_config(source), source, False, dtype), ())
+    return joined(plan) if isinstance(source, JoinedCheckpoint) else plan
 
 
 def _step(source: SourceCheckpoint, name: str, fp8: bool | None, dtype: torch.dtype | None) -> Step | None:
@@ -100,8 +146,9 @@ def _step(source: SourceCheckpoint, name: str, fp8: bool | None, dtype: torch.dt
     if source.is_fp8(name.removesuffix(SCALE_SUFFIX)) and fp8 is False:
         if is_scale:
             return None
-        spec = TensorSpec(name, dtype, source.entries[name].shape)
-        return Step(Dequantize(dtype, source.block), (name, name + SCALE_SUFFIX), (spec,))
+        plain = dtype or torch.bfloat16
+        spec = TensorSpec(name, plain, source.entries[name].shape)
+        return Step(Dequantize(plain, source.block), (name, name + SCALE_SUFFIX), (spec,))
     shape, found = source.entries[name].shape, source.dtype(name)
     if fp8 and is_fp8_weight(name) and not source.is_fp8(name):
         scale = TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(shape, source.block))

@@ -67,8 +67,8 @@ class NativeModel:
     problem: Callable[[DeepseekMoeConfig], Problem | None]
     rope_types: tuple[str, ...] = field(default=("default", "linear", "dynamic", "yarn"))
 
-    def config_json(self, config: DeepseekMoeConfig) -> dict[str, Any]:
-        """The model's `config.json`.
+    def check(self, config: DeepseekMoeConfig) -> None:
+        """Nothing, if the model is the one that `config` describes.
 
         Raises:
             CheckpointError: the model cannot express a field of `config`; names it and its value.
@@ -83,6 +83,10 @@ class NativeModel:
         found = _common_problem(config) or self.problem(config)
         if found:
             raise self._cannot(found[0], getattr(config, found[0]), found[1])
+
+    def config_json(self, config: DeepseekMoeConfig) -> dict[str, Any]:
+        """The model's `config.json`; errors are those of `check`."""
+        self.check(config)
         values = {name: getattr(config, name) for name in self.fields}
         return {
             "architectures": [self.architecture],
@@ -108,6 +112,8 @@ def _common_problem(config: DeepseekMoeConfig) -> Problem | None:
 
 
 def _v1_problem(config: DeepseekMoeConfig) -> Problem | None:
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        return "head_dim", "it is hidden_size / num_attention_heads there"
     normalises = config.norm_topk_prob and (config.num_experts_per_tok > 1)
     scales = not normalises or config.norm_topk_semantics == "deepseek_v3"
     if scales and config.routed_scaling_factor != 1:
@@ -135,6 +141,7 @@ def _v3_problem(config: DeepseekMoeConfig) -> Problem | None:
 
 
 _LATENT_FIXED = {
+    "use_qk_norm": (False,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
     "latent_norm_eps": (1e-6,),
@@ -152,6 +159,7 @@ NATIVE_MODELS = {
             "topk_method": ("greedy",),
             "rope_interleave": (False,),
             "num_nextn_predict_layers": (0,),
+            "use_qk_norm": (False,),
         },
         problem=_v1_problem,
         rope_types=("default", "linear", "dynamic"),

@@ -1,15 +1,16 @@
 """What a conversion will write: files, the tensors in them, and the step that makes each; nothing is read for it."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .recipes import Copy, Recipe
-from .source import SAFETENSORS_DTYPES, SourceCheckpoint
+from .source import CONFIG_NAME, SAFETENSORS_DTYPES, SourceCheckpoint, TensorFolder, open_source
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,30 @@ class Plan:
     """A whole conversion.
 
     Attributes:
-        source: the checkpoint that is read.
+        source: the folder that is read.
         to: the format's name.
         shards: weight files to write.
-        config_json: the new `config.json`.
+        config_json: the new configuration.
         other_files: names of files that are copied along.
+        config_name: the configuration's file, which is written last.
+        with_index: whether several weight files have an index.
+        json_files: what else is written, by name of the file.
+        notes: what the user should know about the result, one line each.
+        read_back: opens what was written, for verification.
+        without_logits: why no tokens can be run through both sides; empty if they can.
     """
 
-    source: SourceCheckpoint
+    source: TensorFolder
     to: str
     shards: tuple[Shard, ...]
     config_json: dict[str, Any]
     other_files: tuple[str, ...]
+    config_name: str = CONFIG_NAME
+    with_index: bool = True
+    json_files: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    read_back: Callable[[Path], TensorFolder] = open_source
+    without_logits: str = ""
 
     @property
     def size(self) -> int:
@@ -140,6 +153,7 @@ def shards_like_source(source: SourceCheckpoint, step_of) -> tuple[Shard, ...]:
         steps = tuple(step for step in map(step_of, names) if step is not None)
         if not steps:
             continue
-        unchanged = len(steps) == len(names) and all(isinstance(step.recipe, Copy) for step in steps)
+        copied = len(steps) == len(names) and all(isinstance(step.recipe, Copy) for step in steps)
+        unchanged = copied and source.is_whole(file)
         shards.append(Shard(file, steps, same_as=file if unchanged else None))
     return tuple(shards)

@@ -30,7 +30,7 @@ class Copy:
         return (source,)
 
     def problem(self, sources, outputs) -> str | None:
-        return _difference(outputs[0], sources[0])
+        return difference(outputs[0], sources[0])
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Cast:
         return (result,)
 
     def problem(self, sources, outputs) -> str | None:
-        return _difference(outputs[0], sources[0].to(self.dtype))
+        return difference(outputs[0], sources[0].to(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Dequantize:
 
     def problem(self, sources, outputs) -> str | None:
         weight, scale = sources
-        return _difference(outputs[0], _dequantized_plainly(weight, scale, self.block).to(self.dtype))
+        return difference(outputs[0], _dequantized_plainly(weight, scale, self.block).to(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _dequantized_plainly(weight: torch.Tensor, scale: torch.Tensor, block: tuple
     return weight.float() * blocks
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+def difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """What is different in type, shape or bits; None if nothing is."""
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return f"is {found.dtype} {list(found.shape)} instead of {expected.dtype} {list(expected.shape)}"
     same_nan = torch.isnan(found.float()) & torch.isnan(expected.float())

@@ -27,6 +27,7 @@ from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
 
 CONFIG_NAME = "config.json"
 RECORD_NAME = "conversion.json"
+MAX_LAYERS = 10_000
 TORCH_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,30 +41,23 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".npz")
 _READ_DTYPES = ("F32", "F16", "BF16", FP8_DTYPE)
 _LAYER_FIELDS = ("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
-_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class SourceCheckpoint:
-    """A sound checkpoint folder of the family.
+class TensorFolder:
+    """A folder whose safetensors files are checked, and can be read tensor by tensor.
 
     Attributes:
         folder: where it is, with links resolved.
-        config_json: its `config.json` as it is written.
-        config: what that means; `num_nextn_predict_layers` is 0 if the tensors of the MTP modules are not there.
-        file_of: the file of every tensor.
+        config_json: its configuration as it is written.
+        file_of: the file of every tensor, in `folder` unless it is an absolute path.
         entries: dtype, shape and place of every tensor.
-        block: rows and columns of FP8 blocks.
-        other_files: names of what lies beside the weights: tokenizer, licence and so on.
     """
 
     folder: Path
     config_json: dict[str, Any]
-    config: DeepseekMoeConfig
     file_of: dict[str, str]
     entries: dict[str, TensorEntry]
-    block: tuple[int, int]
-    other_files: list[str]
 
     @cached_property
     def names_of_file(self) -> dict[str, list[str]]:
@@ -73,10 +67,9 @@ class SourceCheckpoint:
             names[file].append(name)
         return names
 
-    @property
-    def lost_mtp_layers(self) -> bool:
-        """Whether `config.json` announces MTP modules that are not there."""
-        return self.config.num_nextn_predict_layers == 0 and any(self.config_json.get(f) for f in _LAYER_FIELDS[1:])
+    def key(self, file: str, name: str) -> str:
+        """What tensor `name` of `file` is called in `entries`."""
+        return name
 
     def is_fp8(self, name: str) -> bool:
         return self.entries[name].dtype == FP8_DTYPE
@@ -88,13 +81,38 @@ class SourceCheckpoint:
         """Bytes of a tensor."""
         return self.entries[name].stop - self.entries[name].start
 
+    def is_whole(self, file: str) -> bool:
+        """Whether `file` holds the tensors of `names_of_file` and nothing else."""
+        return True
+
     def fingerprint(self) -> str:
-        """Changes whenever a file of the checkpoint is replaced or written to."""
+        """Changes whenever a file of the folder is replaced or written to."""
         digest = hashlib.sha256(json.dumps(self.config_json, sort_keys=True).encode())
         for file in self.names_of_file:
             state = (self.folder / file).stat()
             digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint(TensorFolder):
+    """A sound checkpoint folder of the family.
+
+    Attributes:
+        config: what `config_json` means; `num_nextn_predict_layers` is 0 if the tensors of the MTP modules are not
+            there.
+        block: rows and columns of FP8 blocks.
+        other_files: names of what lies beside the weights: tokenizer, licence and so on.
+    """
+
+    config: DeepseekMoeConfig
+    block: tuple[int, int]
+    other_files: list[str]
+
+    @property
+    def lost_mtp_layers(self) -> bool:
+        """Whether `config.json` announces MTP modules that are not there."""
+        return self.config.num_nextn_predict_layers == 0 and any(self.config_json.get(f) for f in _LAYER_FIELDS[1:])
 
 
 def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
@@ -106,26 +124,31 @@ def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; download a model first: hf download NAME --local-dir FOLDER")
     folder = Path(folder).resolve()
-    config_json = _read_config(folder)
-    files = _weight_files(folder)
-    _check_links(folder, files)
-    file_of, entries = _read_headers(folder, files)
+    config_json = read_config(folder)
+    files = weight_files(folder)
+    check_links(folder, files)
+    file_of, entries = read_headers(folder, files)
     try:
         config = DeepseekMoeConfig.from_dict(dict(config_json))
     except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
-    block = _fp8_block(folder, config_json)
-    _check_against_config(folder, config, file_of, entries, block)
-    others = sorted(path.name for path in folder.iterdir() if path.is_file() and _is_other(path.name))
-    _check_links(folder, others)
-    return SourceCheckpoint(folder, config_json, config, file_of, entries, block, others)
+    block = read_block(folder / CONFIG_NAME, config_json)
+    check_against_config(folder, config, file_of, entries, block)
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
+    check_links(folder, others)
+    return SourceCheckpoint(folder, config_json, file_of, entries, config, block, others)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
+def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """The JSON object in file `name`.
+
+    Raises:
+        CheckpointError: there is no such file or no object in it, or it describes more layers than any model has.
+    """
+    path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG_NAME}")
-    _check_links(folder, [CONFIG_NAME])
+        raise CheckpointError(f"{folder} has no {name}")
+    check_links(folder, [name])
     try:
         config_json = read_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -134,17 +157,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a JSON object")
     for field in _LAYER_FIELDS:
         layers = config_json.get(field)
-        if isinstance(layers, int | float) and layers > _MAX_LAYERS:
-            raise CheckpointError(f"{path}: {field}={layers} is more than the {_MAX_LAYERS} layers read here")
+        if isinstance(layers, int | float) and layers > MAX_LAYERS:
+            raise CheckpointError(f"{path}: {field}={layers} is more than the {MAX_LAYERS} layers read here")
     return config_json
 
 
-def _weight_files(folder: Path) -> dict[str, list[str] | None]:
+def weight_files(folder: Path) -> dict[str, list[str] | None]:
     """Every weight file with the tensors that the index puts there, or None if there is no index."""
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: None}
     if (folder / INDEX_NAME).is_file():
-        _check_links(folder, [INDEX_NAME])
+        check_links(folder, [INDEX_NAME])
         files: dict[str, list[str] | None] = {}
         for name, file in read_index(folder).items():
             files.setdefault(file, []).append(name)
@@ -157,7 +180,7 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
     raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
 
 
-def _check_links(folder: Path, names) -> None:
+def check_links(folder: Path, names) -> None:
     """Refuses links out of the folder, except the ones that huggingface_hub's own cache is made of."""
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
     for name in names:
@@ -166,7 +189,12 @@ def _check_links(folder: Path, names) -> None:
             raise CheckpointError(f"{folder / name} is a link out of its folder, to {target}")
 
 
-def _read_headers(folder: Path, files) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+def read_headers(folder: Path, files) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """The file of every tensor, and its entry there, of files that `weight_files` found.
+
+    Raises:
+        CheckpointError: a file is not sound, has a tensor twice, or is not what the index says.
+    """
     file_of, entries = {}, {}
     for file, indexed in sorted(files.items()):
         path = folder / file
@@ -186,11 +214,16 @@ def _read_headers(folder: Path, files) -> tuple[dict[str, str], dict[str, Tensor
     return file_of, entries
 
 
-def _fp8_block(folder: Path, config_json: dict) -> tuple[int, int]:
+def read_block(path: Path, config_json: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of FP8 blocks, as the config in file `path` says.
+
+    Raises:
+        CheckpointError: another quantization, or blocks without a size.
+    """
     quantization = config_json.get("quantization_config")
     if quantization is None:
         return BLOCK
-    where = f"{folder / CONFIG_NAME}: quantization_config"
+    where = f"{path}: quantization_config"
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         raise CheckpointError(f"{where}={quantization!a} is not read; only FP8 blocks are (quant_method 'fp8')")
     block = quantization.get("weight_block_size", list(BLOCK))
@@ -199,7 +232,12 @@ def _fp8_block(folder: Path, config_json: dict) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def _check_against_config(folder: Path, config, file_of, entries, block) -> None:
+def check_against_config(folder: Path, config, file_of, entries, block) -> None:
+    """Compares names, shapes and dtypes of the tensors with `config`, which loses the MTP modules that are not there.
+
+    Raises:
+        CheckpointError: the tensors are not one whole checkpoint of that config.
+    """
     specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers + config.num_nextn_predict_layers)))
     if moe_layers and moe_layers * config.n_routed_experts > 4 * len(specs) + 10_000:
@@ -226,6 +264,7 @@ def _check_against_config(folder: Path, config, file_of, entries, block) -> None
             raise CheckpointError(f"{folder / file_of[name]}: tensor {name} {problem}")
 
 
-def _is_other(name: str) -> bool:
+def is_other_file(name: str) -> bool:
+    """Whether a file is neither weights, index nor config: tokenizer, licence and so on."""
     is_weight = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
     return not is_weight and not name.startswith(".") and name not in (CONFIG_NAME, RECORD_NAME)

@@ -19,7 +19,7 @@ from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME, SINGLE_NAME
 
 from .plan import Plan, Shard
-from .source import CONFIG_NAME, RECORD_NAME
+from .source import RECORD_NAME
 
 _PART_SUFFIX = ".part"
 
@@ -103,7 +103,7 @@ def unfinished(plan: Plan, target: Path) -> list[Shard]:
     """The files still to be written; if there are any, the folder stops looking like a checkpoint."""
     missing = [shard for shard in plan.shards if not is_finished(target / shard.file, shard, plan.source.folder)]
     if missing:
-        for name in (CONFIG_NAME, INDEX_NAME):
+        for name in (plan.config_name, INDEX_NAME):
             (target / name).unlink(missing_ok=True)
     return missing
 
@@ -113,10 +113,12 @@ def write_rest(plan: Plan, target: Path) -> None:
     for name in plan.other_files:
         shutil.copyfile(plan.source.folder / name, part_path(target / name))
         finish(target / name)
-    if [shard.file for shard in plan.shards] != [SINGLE_NAME]:
+    for name, value in plan.json_files.items():
+        _write_json(target / name, value)
+    if plan.with_index and [shard.file for shard in plan.shards] != [SINGLE_NAME]:
         _write_json(target / INDEX_NAME, plan.index())
-    _sync_names(target)  # config.json must not be there before the others, even after a power failure
-    _write_json(target / CONFIG_NAME, plan.config_json)
+    _sync_names(target)  # the config must not be there before the others, even after a power failure
+    _write_json(target / plan.config_name, plan.config_json)
     _sync_names(target)
 
 
@@ -160,7 +162,7 @@ def _remove_parts(target: Path) -> None:
 
 def _remove_results(plan: Plan, target: Path) -> None:
     shards = (shard.file for shard in plan.shards)
-    for name in (CONFIG_NAME, INDEX_NAME, *shards, *plan.other_files, RECORD_NAME):
+    for name in (plan.config_name, INDEX_NAME, *shards, *plan.other_files, *plan.json_files, RECORD_NAME):
         (target / name).unlink(missing_ok=True)
 
 

@@ -1,7 +1,6 @@
 """Reads a finished conversion back: every tensor against its source, and a few tokens through both models."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,20 @@ import psutil
 import torch
 import transformers
 
-from modeling_deepseek_moe import DeepseekMoeForCausalLM
+from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
 
+from .formats import plan_plain
+from .inference_config import INFERENCE
+from .inference_source import JoinedCheckpoint, RankFiles, open_ranks
 from .plan import Plan, Step
 from .recipes import Copy, Quantize
-from .source import CONFIG_NAME, open_source
+from .slices import innermost
+from .source import CONFIG_NAME, SourceCheckpoint
 from .target import ConversionError
-from .writing import Reader
+from .writing import Reader, same_bytes
 
-_CHUNK_BYTES = 16 << 20
-_TOKENS = 16
+TOKENS = 16
 # Two implementations of one model in float32: sums in another order, over a few dozen layers.
 _LOGIT_TOLERANCE = 1e-3
 _NATIVE_CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
@@ -35,12 +37,14 @@ class Verification:
         logits: largest difference between both models' logits over the largest logit; None if not run.
         reader: the class that the result was loaded with for that.
         skipped: why no tokens were run.
+        absolute: that difference itself, where the format has a bound for it.
     """
 
     tensors: int
     logits: float | None = None
     reader: str = ""
     skipped: str = ""
+    absolute: float | None = None
 
 
 def verify_conversion(plan: Plan, target: Path) -> Verification:
@@ -50,18 +54,29 @@ def verify_conversion(plan: Plan, target: Path) -> Verification:
         CheckpointError: the result is not a sound checkpoint.
         ConversionError: a tensor or the logits differ; names file and tensor.
     """
-    tensors = _verify_tensors(plan, target)
-    needed = 4 * sum(torch.Size(shape).numel() for shape, _ in expected_tensors(plan.source.config).values())
-    available = psutil.virtual_memory().available
-    if 1.5 * needed > available:
-        reason = f"the model needs {needed / 1e9:.1f} GB in float32, {available / 1e9:.1f} GB are free"
+    tensors = verify_tensors(plan, target)
+    if plan.without_logits:
+        return Verification(tensors, skipped=plan.without_logits)
+    reason = too_large(plan.source.config)
+    if reason:
         return Verification(tensors, skipped=reason)
     return _verify_logits(plan, target, tensors)
 
 
-def _verify_tensors(plan: Plan, target: Path) -> int:
-    result = open_source(target)
-    if result.entries.keys() != {spec.name for shard in plan.shards for spec in shard.tensors()}:
+def too_large(config: DeepseekMoeConfig) -> str:
+    """Why a model cannot be run here in float32; empty if it can."""
+    needed = 4 * sum(torch.Size(shape).numel() for shape, _ in expected_tensors(config).values())
+    available = psutil.virtual_memory().available
+    if 1.5 * needed > available:
+        return f"the model needs {needed / 1e9:.1f} GB in float32, {available / 1e9:.1f} GB are free"
+    return ""
+
+
+def verify_tensors(plan: Plan, target: Path) -> int:
+    """Compares every tensor of a finished conversion with its source, and counts them; errors as above."""
+    result = plan.read_back(target)
+    planned = {result.key(shard.file, spec.name) for shard in plan.shards for spec in shard.tensors()}
+    if result.entries.keys() != planned:
         raise ConversionError(f"{target} does not hold the tensors of the plan; remove it and convert again")
     count = 0
     with Reader(plan.source) as before, Reader(result) as after:
@@ -69,31 +84,20 @@ def _verify_tensors(plan: Plan, target: Path) -> int:
             path = target / shard.file
             is_link = shard.same_as is not None and path.samefile(plan.source.folder / shard.same_as)
             for step in shard.steps:
-                problem = None if is_link else _problem(before, after, step)
+                names = [result.key(shard.file, spec.name) for spec in step.outputs]
+                problem = None if is_link else _problem(before, after, step, names)
                 if problem:
                     raise ConversionError(f"{path}: tensor {step.outputs[0].name} {problem}; remove it, convert again")
                 count += len(step.outputs)
     return count
 
 
-def _problem(before: Reader, after: Reader, step: Step) -> str | None:
+def _problem(before: Reader, after: Reader, step: Step, names: list[str]) -> str | None:
+    """What is wrong with the outputs of a step, which are called `names` where they are read back."""
     if isinstance(step.recipe, Copy):
-        return None if _same_bytes(before, after, step.sources[0]) else "differs from its source"
+        return None if same_bytes(before, after, step.sources[0], names[0]) else "differs from its source"
     sources = tuple(map(before.read, step.sources))
-    outputs = tuple(after.read(spec.name) for spec in step.outputs)
-    return step.recipe.problem(sources, outputs)
-
-
-def _same_bytes(before: Reader, after: Reader, name: str) -> bool:
-    one, other = before.source.entries[name], after.source.entries[name]
-    if one[:2] != other[:2]:
-        return False
-    for begin in range(0, one.stop - one.start, _CHUNK_BYTES):
-        count = min(_CHUNK_BYTES, one.stop - one.start - begin)
-        data = os.pread(before.file(name), count, one.start + begin)
-        if data != os.pread(after.file(name), count, other.start + begin):
-            return False
-    return True
+    return step.recipe.problem(sources, tuple(map(after.read, names)))
 
 
 @torch.no_grad()
@@ -103,12 +107,14 @@ def _verify_logits(plan: Plan, target: Path, tensors: int) -> Verification:
     # transformers' own class cannot read FP8 weights whose last blocks are cut off.
     native = None if is_fp8 else _NATIVE_CLASSES.get(plan.to)
     reader = getattr(transformers, native) if native else DeepseekMoeForCausalLM
-    ids = torch.randint(plan.source.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
-    with _quiet_transformers():
-        expected = _logits(DeepseekMoeForCausalLM, plan.source.folder, dtype, ids)
-        found = _logits(reader, target, dtype, ids)
+    ids = torch.randint(plan.source.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with quiet_transformers():
+        expected = _logits(DeepseekMoeForCausalLM, _loadable(plan.source), dtype, ids)
+        # Of the ranks' ModelArgs alone, which must say everything that the model computes.
+        written = open_ranks(target, with_published_config=False) if plan.to == INFERENCE else target
+        found = _logits(reader, written, dtype, ids)
     difference = float((found - expected).abs().max() / expected.abs().max())
-    exact = not any(isinstance(step.recipe, Quantize) for shard in plan.shards for step in shard.steps)
+    exact = not any(isinstance(innermost(step.recipe), Quantize) for shard in plan.shards for step in shard.steps)
     if exact and not difference <= _LOGIT_TOLERANCE:
         raise ConversionError(
             f"{target / CONFIG_NAME}: {reader.__name__} computes logits that differ by {difference:.2g} of the largest"
@@ -116,8 +122,17 @@ def _verify_logits(plan: Plan, target: Path, tensors: int) -> Verification:
     return Verification(tensors, difference, reader.__name__)
 
 
-def _logits(model_class, folder: Path, dtype: str, ids: torch.Tensor) -> torch.Tensor:
+def _loadable(source: SourceCheckpoint) -> Path | JoinedCheckpoint:
+    return open_ranks(source.folder) if isinstance(source, RankFiles) else source.folder
+
+
+def _logits(model_class, folder: Path | JoinedCheckpoint, dtype: str, ids: torch.Tensor) -> torch.Tensor:
     """Logits in float32 arithmetic of the weights as they are in `dtype`."""
+    if isinstance(folder, JoinedCheckpoint):
+        config, weights = _plain_weights(plan_plain(folder, getattr(torch, dtype)))
+        model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=getattr(torch, dtype))
+        del weights
+        return model.float().eval()(ids).logits
     options = {}
     if (folder / CONFIG_NAME).is_file() and "quantization_config" in (folder / CONFIG_NAME).read_text("utf-8"):
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
@@ -125,8 +140,18 @@ def _logits(model_class, folder: Path, dtype: str, ids: torch.Tensor) -> torch.T
     return model.float().eval()(ids).logits
 
 
+def _plain_weights(plan: Plan) -> tuple[DeepseekMoeConfig, dict[str, torch.Tensor]]:
+    """Config and state dict of what `plan` would write."""
+    weights = {}
+    with Reader(plan.source) as reader:
+        for step in (step for shard in plan.shards for step in shard.steps):
+            tensors = step.recipe.apply(*map(reader.read, step.sources))
+            weights |= zip((spec.name for spec in step.outputs), tensors, strict=True)
+    return DeepseekMoeConfig.from_dict(dict(plan.config_json)), weights
+
+
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers' classes would report MTP tensors as unexpected, and draw bars of their own."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

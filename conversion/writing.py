@@ -15,6 +15,7 @@ from modeling_deepseek_moe import CheckpointError
 
 from .plan import Plan, Shard, Step
 from .recipes import Copy, QuantizationError, Quantize, tensor_class
+from .slices import Joined
 from .source import SourceCheckpoint
 from .target import ConversionError, finish, part_path
 
@@ -66,6 +67,19 @@ class Reader:
     def too_short(self, name: str) -> CheckpointError:
         path = self.source.folder / self.source.file_of[name]
         return CheckpointError(f"{path} ends within tensor {name}; it has changed since the start")
+
+
+def same_bytes(before: Reader, after: Reader, source: str, output: str) -> bool:
+    """Whether two tensors have the same type, shape and bytes; read in chunks."""
+    one, other = before.source.entries[source], after.source.entries[output]
+    if one[:2] != other[:2]:
+        return False
+    for begin in range(0, one.stop - one.start, _CHUNK_BYTES):
+        count = min(_CHUNK_BYTES, one.stop - one.start - begin)
+        data = os.pread(before.file(source), count, one.start + begin)
+        if data != os.pread(after.file(output), count, other.start + begin):
+            return False
+    return True
 
 
 def write_shards(
@@ -198,16 +212,19 @@ def _results(futures: list[Future] | None) -> tuple[torch.Tensor, ...] | None:
 
 
 def _convert_tensors(reader: Reader, step: Step, sources, file: int, begins: dict[str, int], errors) -> None:
+    recipe = step.recipe
     try:
-        outputs = step.recipe.apply(*sources)
+        if isinstance(recipe, Joined):
+            recipe, sources = recipe.recipe, recipe.join(sources)
+        outputs = recipe.apply(*sources)
     except ValueError as error:
         path = reader.source.folder / reader.source.file_of[step.sources[0]]
         raise CheckpointError(f"{path}: tensor {step.sources[0]} {error}") from error
     for spec, output in zip(step.outputs, outputs, strict=True):
         _write(file, output.contiguous().view(torch.uint8).numpy().reshape(-1), begins[spec.name])
-    if isinstance(step.recipe, Quantize):
-        of_class = errors.setdefault(tensor_class(step.sources[0]), QuantizationError())
-        of_class.add(sources[0], *outputs, step.recipe.block)
+    if isinstance(recipe, Quantize):
+        of_class = errors.setdefault(tensor_class(step.outputs[0].name), QuantizationError())
+        of_class.add(sources[0], *outputs, recipe.block)
 
 
 def _copy_tensor(reader: Reader, step: Step, file: int, begin: int) -> None:

@@ -126,7 +126,7 @@ class DeepseekMoeLatentAttention(nn.Module):
 
 
 class DeepseekMoeAttention(nn.Module):
-    """Plain multi-head or grouped-query attention of DeepSeekMoE 16B."""
+    """Plain multi-head or grouped-query attention, as in DeepSeekMoE 16B and in models made of dense ones."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -141,6 +141,9 @@ class DeepseekMoeAttention(nn.Module):
         self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = DeepseekMoeLinear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        if config.use_qk_norm:
+            self.q_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -155,6 +158,8 @@ class DeepseekMoeAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.use_qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = apply_rotary(queries, *position_embeddings, self.config.rope_interleave)
         keys = apply_rotary(keys, *position_embeddings, self.config.rope_interleave)
         if past_key_values is not None:

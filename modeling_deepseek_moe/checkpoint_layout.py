@@ -93,7 +93,7 @@ def is_mtp_tensor(name: str, config) -> bool:
     """Whether a tensor or module name belongs to a layer behind the main ones."""
     _, separator, rest = ("." + name).partition(".layers.")
     index = rest.partition(".")[0]
-    return bool(separator) and index.isdigit() and int(index) >= config.num_hidden_layers
+    return bool(separator) and index.isdecimal() and int(index) >= config.num_hidden_layers
 
 
 def is_fp8_weight(name: str) -> bool:
@@ -143,6 +143,8 @@ def _attention_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
         widths = {"q_proj": heads, "k_proj": config.num_key_value_heads, "v_proj": config.num_key_value_heads}
         projections = {name: (count * config.head_dim, hidden, bias) for name, count in widths.items()}
         projections["o_proj"] = (hidden, heads * config.head_dim, bias)
+        if config.use_qk_norm:
+            yield from ((f"{name}.weight", (config.head_dim,)) for name in ("q_norm", "k_norm"))
     else:
         queries, rank = heads * config.qk_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:

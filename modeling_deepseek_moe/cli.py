@@ -115,10 +115,33 @@ def experts(
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint; it is only read.")],
     target: Annotated[Path, typer.Argument(help="New folder, or one that the same call was stopped in.")],
-    to: Annotated[str, typer.Option(help="bf16, fp8, deepseek, deepseek_v2 or deepseek_v3.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="bf16, fp8, deepseek, deepseek_v2, deepseek_v3, deepseek-inference, upcycle; of adapters peft, "
+            "peft-per-expert, esft."
+        ),
+    ],
     dtype: Annotated[
         str | None, typer.Option(help="Of weights that are not FP8: bfloat16, float16 or float32.")
     ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="deepseek-inference, if SOURCE could be taken for something else.")
+    ] = None,
+    mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of deepseek-inference; 1 by default.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA or ESFT adapter to merge into the weights.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="Merge the LoRA of these modules alone: kv_b_proj.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="The checkpoint that was tuned, for esft.")] = None,
+    kv_b_proj: Annotated[
+        str | None, typer.Option(help="keep or leave-out: LoRA on kv_b_proj, for peft-per-expert.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Routed experts of a layer, for upcycle.")] = None,
+    shared_experts: Annotated[int | None, typer.Option(help="Shared experts of a layer, for upcycle.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Routed experts of a token, for upcycle.")] = None,
+    dense_layers: Annotated[int | None, typer.Option(help="First layers that upcycle leaves dense.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text or JSONL file whose loss upcycle reports.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every tensor.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan, stop.")] = False,
     copy: Annotated[bool, typer.Option("--copy", help="Copy files that stay as they are instead of linking.")] = False,
@@ -126,7 +149,23 @@ def convert(
     """Convert a checkpoint to another format, of any size; the same command goes on where a killed one stopped."""
     from .conversion.command import run_convert
 
-    run_convert(source, target, to, dtype=dtype, verify=verify, dry_run=dry_run, copy=copy)
+    run_convert(
+        source,
+        target,
+        to,
+        dry_run=dry_run,
+        dtype=dtype,
+        source_format=source_format,
+        mp=mp,
+        adapter=adapter,
+        only=only,
+        base=base,
+        kv_b_proj=kv_b_proj,
+        upcycle={"experts": experts, "shared_experts": shared_experts, "top_k": top_k, "dense_layers": dense_layers},
+        data=data,
+        verify=verify,
+        copy=copy,
+    )
 
 
 @app.command()

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .lineage import canonical_config_dict
+from .lineage import canonical_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
 
@@ -54,8 +54,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
     `deepseek_v2`, `deepseek_v3`, `kimi_k2`) and fills in what that generation's own class would; `preset` gives the
     released models by name. The defaults are a Moonlight-sized model with DeepSeek-V3's routing.
 
-    Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B), else
-    Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed.
+    Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B) with heads of
+    `head_dim` (by default `hidden_size / num_attention_heads`), which `use_qk_norm` normalises before their rotation
+    (Qwen3). Else Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed.
 
     Routing: `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts: "greedy",
     "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert) or "noaux_tc" (V3: biased
@@ -109,6 +110,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    use_qk_norm: bool = False
     n_routed_experts: int | None = 64
     n_shared_experts: int | None = 2
     num_experts_per_tok: int | None = 6
@@ -164,12 +167,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
         # transformers reads `head_dim` as the rotary width, and `qk_head_dim` as the mark of an MLA model.
         if self.kv_lora_rank is None:
             self.qk_head_dim = None
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         else:
             self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.head_dim = self.qk_rope_head_dim
-        for derived in ("head_dim", "qk_head_dim"):
-            kwargs.pop(derived, None)
+        kwargs.pop("qk_head_dim", None)
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
@@ -202,6 +204,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         # Overrides are read like the json itself: checked, and what is derived from them follows.
         names = {"rope_scaling", "rope_theta", *DeepseekMoeConfig.__annotations__} & kwargs.keys()
         overrides = {name: kwargs.pop(name) for name in names}
+        if not overrides.keys().isdisjoint(("hidden_size", "num_attention_heads")):
+            config_dict = without_derived_head_dim(config_dict)
         try:
             return super().from_dict(with_overrides(canonical_config_dict(config_dict), overrides), **kwargs)
         except StrictDataclassError as error:
@@ -240,6 +244,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         plan = {f"layers.*.self_attn.{name}": "colwise" for name in self._column_parallel_attention()}
         if self.kv_lora_rank is not None:
             plan["layers.*.self_attn.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
+        if self.use_qk_norm:
+            plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
         plan["layers.*.self_attn.o_proj"] = "rowwise"
         layers = [self.is_moe_layer(i) for i in range(self.num_hidden_layers + self.num_nextn_predict_layers)]
         mlps = []
@@ -287,13 +293,17 @@ class DeepseekMoeConfig(PreTrainedConfig):
     def _check_attention(self) -> None:
         if self.kv_lora_rank is None:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-            if self.hidden_size % heads:
+            if self.head_dim is None and self.hidden_size % heads:
                 raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}")
-            if (self.hidden_size // heads) % 2:
+            if self.head_dim is None and (self.hidden_size // heads) % 2:
                 raise ValueError(f"the head width hidden_size/num_attention_heads={self.hidden_size // heads} is odd")
+            if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+                raise ValueError(f"head_dim={self.head_dim} is not even and at least 2; rotary embeddings turn pairs")
             if kv_heads < 1 or heads % kv_heads:
                 raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
             return
+        if self.use_qk_norm:
+            raise ValueError("use_qk_norm=True is for plain attention (kv_lora_rank=None); MLA has norms of its own")
         for field in _MLA_POSITIVE:
             value = getattr(self, field)
             if value is None or value < 1:

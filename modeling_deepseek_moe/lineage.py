@@ -102,11 +102,21 @@ def canonical_config_dict(config_dict: dict) -> dict:
     # transformers writes the MTP depth of its own DeepSeek classes under either name.
     if "num_mtp_layers" in merged:
         merged["num_nextn_predict_layers"] = merged.pop("num_mtp_layers")
+    merged.pop("head_dim", None)  # every one of these models derives it
     # The original's remote code is replaced by this package; pointing at its files would break a saved copy.
     merged.pop("auto_map", None)
     if merged.get("architectures"):
         merged["architectures"] = [_own_class_name(name) for name in merged["architectures"]]
     return merged
+
+
+def without_derived_head_dim(config_dict: dict) -> dict:
+    """`config_dict` without a `head_dim` that only repeats `hidden_size / num_attention_heads`."""
+    hidden, heads = config_dict.get("hidden_size"), config_dict.get("num_attention_heads")
+    repeats = (
+        isinstance(hidden, int) and isinstance(heads, int) and config_dict.get("head_dim") == hidden / (heads or 1)
+    )
+    return {name: value for name, value in config_dict.items() if name != "head_dim" or not repeats}
 
 
 def _own_class_name(name: str) -> str:

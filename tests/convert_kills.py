@@ -1,7 +1,8 @@
 """Conversions that are killed: one program forks a child for every line it reads, so that only one has to start.
 
-Each line is a JSON object: `source`, `target`, `to`, and `event` (the child kills itself at that disk operation, in
-the middle of it if it is a write) or `seconds` (a timer kills it). The answer is the child's signal, 0 if it finished.
+Each line is a JSON object: `source`, `target`, `to`, other `options` of `convert`, and `event` (the child kills
+itself at that disk operation, in the middle of it if it is a write) or `seconds` (a timer kills it). The answer is the
+child's signal, 0 if it finished.
 """
 
 import contextlib
@@ -55,8 +56,11 @@ class KilledConversions:
         self._process.stdout.close()
         self._process.wait(60)
 
-    def run(self, source, target, to: str, *, event: int | None = None, seconds: float | None = None) -> int:
-        request = {"source": str(source), "target": str(target), "to": to, "event": event, "seconds": seconds}
+    def run(
+        self, source, target, to: str, *, event: int | None = None, seconds: float | None = None, **options
+    ) -> int:
+        request = {"source": str(source), "target": str(target), "to": to, "options": options}
+        request |= {"event": event, "seconds": seconds}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
@@ -64,17 +68,19 @@ class KilledConversions:
 def _serve() -> None:
     import torch
 
-    from modeling_deepseek_moe.conversion import convert
+    from modeling_deepseek_moe.conversion import UpcycleOptions, convert
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     for line in sys.stdin:
         request = json.loads(line)
+        if "upcycle" in request["options"]:
+            request["options"]["upcycle"] = UpcycleOptions(**request["options"]["upcycle"])
         child = os.fork()
         if child == 0:
             if request["seconds"]:
                 signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # the signal's default is the end
             with killed_at(request["event"]):
-                convert(request["source"], request["target"], request["to"])
+                convert(request["source"], request["target"], request["to"], **request["options"])
             os._exit(0)
         print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
 
