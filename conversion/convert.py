@@ -73,7 +73,7 @@ def convert(
     source_format: str | None = None,
     mp: int | None = None,
     adapter: str | os.PathLike | None = None,
-    only: Sequence[str] | None = None,
+    only: Sequence[str] | str | None = None,
     base: str | os.PathLike | None = None,
     kv_b_proj: str | None = None,
     upcycle: UpcycleOptions | None = None,
@@ -113,6 +113,7 @@ def convert(
         ConversionError: the target cannot be written; says what to do.
     """
     start = time.monotonic()
+    only = [only] if isinstance(only, str) else only
     options = {"source_format": source_format, "mp": mp, "adapter": adapter, "only": only or None}
     options |= {"base": base, "kv_b_proj": kv_b_proj}
     if to == UPCYCLE:

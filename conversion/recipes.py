@@ -117,6 +117,13 @@ class QuantizationError:
         self.largest = max(self.largest, error_top / top if top else 0.0)
         self.tensors += 1
 
+    def merge(self, other: "QuantizationError") -> None:
+        """Adds what another one measured."""
+        self._squared_error += other._squared_error
+        self._squared_weight += other._squared_weight
+        self.largest = max(self.largest, other.largest)
+        self.tensors += other.tensors
+
 
 def tensor_class(name: str) -> str:
     """Which part of a layer a weight belongs to, in the words of `lora.targets`."""

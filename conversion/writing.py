@@ -5,8 +5,8 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from .source import SourceCheckpoint
 from .target import ConversionError, finish, part_path
 
 _READERS = 4
+# Tensors are converted side by side, each by one thread: the threads of one small operation mostly wait for each other.
+_WORKERS = min(8, os.cpu_count() or 1)
 # Tensors read but not yet converted hold at most this much memory, or one group if that is larger.
 _READ_AHEAD_BYTES = 256 << 20
 _CHUNK_BYTES = 16 << 20
@@ -105,7 +107,7 @@ def write_shards(
     actions: dict[str, str] = {}
     errors: dict[str, QuantizationError] = {}
     # Waiting for the disk overlaps with the next file's work.
-    with ThreadPoolExecutor(1) as finisher, Reader(plan.source) as reader:
+    with ThreadPoolExecutor(1) as finisher, _one_thread_workers() as workers, Reader(plan.source) as reader:
         finishing: Future | None = None
         for shard in shards:
             path = target / shard.file
@@ -118,7 +120,7 @@ def write_shards(
                 _copy_file(plan.source.folder / shard.same_as, part_path(path), shard.file, on_progress)
             else:
                 actions[shard.file] = "converted"
-                _convert_file(reader, shard, part_path(path), errors, on_progress)
+                _convert_file(reader, shard, part_path(path), workers, errors, on_progress)
             if finishing:
                 finishing.result()
             finishing = finisher.submit(finish, path)
@@ -164,21 +166,50 @@ def _copy_file(original: Path, part: Path, shard_file: str, on_progress: Progres
             on_progress(shard_file, count)
 
 
+@contextmanager
+def _one_thread_workers() -> Iterator[ThreadPoolExecutor]:
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)  # what a worker sets is partly the whole process's
+
+
 def _convert_file(
-    reader: Reader, shard: Shard, part: Path, errors: dict[str, QuantizationError], on_progress: Progress
+    reader: Reader,
+    shard: Shard,
+    part: Path,
+    workers: ThreadPoolExecutor,
+    errors: dict[str, QuantizationError],
+    on_progress: Progress,
 ) -> None:
     head, begins = shard.layout
+    running: deque[tuple[Step, Future]] = deque()
+
+    def wait_for_first() -> None:
+        step, future = running.popleft()
+        if error := future.result():
+            errors.setdefault(tensor_class(step.outputs[0].name), QuantizationError()).merge(error)
+        on_progress(shard.file, sum(spec.size for spec in step.outputs))
+
     with part.open("wb") as file, ExitStack() as stack:
         file.truncate(shard.size)
         _write(file.fileno(), head, 0)
         on_progress(shard.file, len(head))
         ahead = stack.enter_context(closing(_read_ahead(reader, shard.steps)))
+        stack.callback(lambda: wait([future for _, future in running]))  # the file is closed after them
         for step, sources in ahead:
             if sources is None:
                 _copy_tensor(reader, step, file.fileno(), begins[step.outputs[0].name])
-            else:
-                _convert_tensors(reader, step, sources, file.fileno(), begins, errors)
-            on_progress(shard.file, sum(spec.size for spec in step.outputs))
+                on_progress(shard.file, sum(spec.size for spec in step.outputs))
+                continue
+            if len(running) == _WORKERS:
+                wait_for_first()
+            running.append((step, workers.submit(_convert_tensors, reader, step, sources, file.fileno(), begins)))
+        while running:
+            wait_for_first()
 
 
 def _read_ahead(reader: Reader, steps: tuple[Step, ...]) -> Iterator[tuple[Step, tuple[torch.Tensor, ...] | None]]:
@@ -211,7 +242,10 @@ def _results(futures: list[Future] | None) -> tuple[torch.Tensor, ...] | None:
     return None if futures is None else tuple(future.result() for future in futures)
 
 
-def _convert_tensors(reader: Reader, step: Step, sources, file: int, begins: dict[str, int], errors) -> None:
+def _convert_tensors(
+    reader: Reader, step: Step, sources: tuple[torch.Tensor, ...], file: int, begins: dict[str, int]
+) -> QuantizationError | None:
+    """Writes the outputs of a step, and measures what FP8 cost."""
     recipe = step.recipe
     try:
         if isinstance(recipe, Joined):
@@ -222,9 +256,11 @@ def _convert_tensors(reader: Reader, step: Step, sources, file: int, begins: dic
         raise CheckpointError(f"{path}: tensor {step.sources[0]} {error}") from error
     for spec, output in zip(step.outputs, outputs, strict=True):
         _write(file, output.contiguous().view(torch.uint8).numpy().reshape(-1), begins[spec.name])
-    if isinstance(recipe, Quantize):
-        of_class = errors.setdefault(tensor_class(step.outputs[0].name), QuantizationError())
-        of_class.add(sources[0], *outputs, recipe.block)
+    if not isinstance(recipe, Quantize):
+        return None
+    error = QuantizationError()
+    error.add(sources[0], *outputs, recipe.block)
+    return error
 
 
 def _copy_tensor(reader: Reader, step: Step, file: int, begin: int) -> None:

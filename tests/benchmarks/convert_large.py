@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write OUTPUT.md and OUTPUT.json")
     arguments = parser.parse_args()
     size = int(arguments.gigabytes * 1e9)
+    if arguments.scratch.exists():
+        parser.error(f"--scratch {arguments.scratch} exists; give a new folder, which is removed at the end")
     arguments.scratch.mkdir(parents=True)
     try:
         bf16 = arguments.scratch / "bf16"
