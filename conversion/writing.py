@@ -20,7 +20,7 @@ from .source import SourceCheckpoint
 from .target import ConversionError, finish, part_path
 
 _READERS = 4
-# Tensors are converted side by side, each by one thread: the threads of one small operation mostly wait for each other.
+# Tensors are converted side by side, each by one thread: in a small operation threads mostly wait for each other.
 _WORKERS = min(8, os.cpu_count() or 1)
 # Tensors read but not yet converted hold at most this much memory, or one group if that is larger.
 _READ_AHEAD_BYTES = 256 << 20
