@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import tensors_of, written
+from convert_folders import bf16_tensors, fp8_folder, ragged_json, sharded
+from dense_folders import dense_folder, upcycled
 from tiny import JSON_OF_LINEAGE, tiny_model, v3_config
 
 
@@ -27,3 +29,31 @@ def v3_tensors(tmp_path_factory) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def v3_folder(v3_tensors, tmp_path) -> Path:
     return written(tmp_path / "v3", JSON_OF_LINEAGE["v3"], v3_tensors)
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory) -> Path:
+    """A V3-style checkpoint in FP8 blocks."""
+    return fp8_folder(tmp_path_factory.mktemp("source") / "fp8")
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory) -> Path:
+    """One in bfloat16."""
+    json_ = ragged_json()
+    folder = tmp_path_factory.mktemp("source")
+    return sharded(folder / "bf16", json_, bf16_tensors(json_, folder / "saved"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A dense checkpoint."""
+    return dense_folder(tmp_path_factory.mktemp("dense") / "llama")
+
+
+@pytest.fixture(scope="module")
+def experts_of_llama(llama, tmp_path_factory) -> Path:
+    """The DeepSeekMoE checkpoint made of it."""
+    target = tmp_path_factory.mktemp("upcycled") / "llama"
+    upcycled(llama, target)
+    return target

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from checkpoint_folders import tensors_of
 from safetensors.torch import save_file
-from tiny import JSON_OF_LINEAGE, tiny_model
+from tiny import JSON_OF_LINEAGE, tiny_ids, tiny_model
 
-from modeling_deepseek_moe import DeepseekMoeConfig
+from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight
 
@@ -103,3 +103,13 @@ def fp8_folder(folder: Path, scale_dtype=torch.float32, **fields) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def json_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def logits_of(folder: Path, model_class=DeepseekMoeForCausalLM, **options) -> torch.Tensor:
+    model = model_class.from_pretrained(folder, **options)
+    with torch.no_grad():
+        return model(tiny_ids(model.config)).logits

@@ -13,16 +13,18 @@ from convert_folders import (
     bf16_tensors,
     contents,
     fp8_folder,
+    json_of,
+    logits_of,
     plainly_dequantized,
     ragged_json,
     random_fp8,
     sharded,
 )
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_ids, tiny_model
+from tiny import tiny_config, tiny_model
 from typer.testing import CliRunner
 
-from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
 from modeling_deepseek_moe.cli import app
@@ -31,28 +33,6 @@ from modeling_deepseek_moe.conversion import ConversionError, convert
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "fixtures" / "golden").glob("*/config.json"))
 ROUTER = "model.layers.1.mlp.gate.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
-
-
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory) -> Path:
-    return fp8_folder(tmp_path_factory.mktemp("source") / "fp8")
-
-
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory) -> Path:
-    json_ = ragged_json()
-    folder = tmp_path_factory.mktemp("source")
-    return sharded(folder / "bf16", json_, bf16_tensors(json_, folder / "saved"))
-
-
-def json_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def logits_of(folder: Path, model_class=DeepseekMoeForCausalLM, **options) -> torch.Tensor:
-    model = model_class.from_pretrained(folder, **options)
-    with torch.no_grad():
-        return model(tiny_ids(model.config)).logits
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float8_e8m0fnu], ids=["float32", "ue8m0"])

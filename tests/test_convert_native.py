@@ -1,48 +1,18 @@
 """Conversion to the model types that other software reads as DeepSeek's own."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from checkpoint_folders import assert_bit_equal, tensors_of
-from convert_folders import (
-    QUANTIZATION,
-    bf16_tensors,
-    contents,
-    fp8_folder,
-    ragged_json,
-    sharded,
-)
-from tiny import tiny_config, tiny_ids, tiny_model
+from convert_folders import QUANTIZATION, contents, json_of, logits_of
+from tiny import tiny_config, tiny_model
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion import convert
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "fixtures" / "golden").glob("*/config.json"))
-
-
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory) -> Path:
-    return fp8_folder(tmp_path_factory.mktemp("source") / "fp8")
-
-
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory) -> Path:
-    json_ = ragged_json()
-    folder = tmp_path_factory.mktemp("source")
-    return sharded(folder / "bf16", json_, bf16_tensors(json_, folder / "saved"))
-
-
-def json_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def logits_of(folder: Path, model_class=DeepseekMoeForCausalLM, **options) -> torch.Tensor:
-    model = model_class.from_pretrained(folder, **options)
-    with torch.no_grad():
-        return model(tiny_ids(model.config)).logits
 
 
 REFUSED_GOLDEN = {"v2_norm_topk": "norm_topk_prob=True"}

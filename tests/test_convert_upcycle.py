@@ -1,7 +1,5 @@
 """Dense checkpoints made into DeepSeekMoE ones: equal logits with all experts, and what is chosen with fewer."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from checkpoint_folders import tensors_of
@@ -13,18 +11,6 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMo
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
 from modeling_deepseek_moe.conversion import UpcycleOptions, convert
 from modeling_deepseek_moe.conversion.neuron_groups import group_neurons, unit_rows
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return dense_folder(tmp_path_factory.mktemp("dense") / "llama")
-
-
-@pytest.fixture(scope="module")
-def experts_of_llama(llama, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("upcycled") / "llama"
-    upcycled(llama, target)
-    return target
 
 
 def ids(length: int = 40) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_folders import dense_folder, upcycled
+from dense_folders import upcycled
 from safetensors.torch import load_file, save_file
 from tiny_run import counting_rows, tiny_tokenizer, write_jsonl
 from typer.testing import CliRunner
@@ -13,18 +13,6 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.conversion import ConversionError
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return dense_folder(tmp_path_factory.mktemp("dense") / "llama")
-
-
-@pytest.fixture(scope="module")
-def experts_of_llama(llama, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("upcycled") / "llama"
-    upcycled(llama, target)
-    return target
 
 
 @pytest.mark.parametrize("part", ["experts.3.down_proj", "shared_experts.up_proj", "gate"])
