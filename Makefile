@@ -49,6 +49,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv: once, a few minutes"
 	@touch $(UNFINISHED)
 	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,evaluate,dev]"
 	@rm $(UNFINISHED)
 	@touch $(READY)

@@ -24,7 +24,8 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from .recipe import RecipeError
+from .recipe import Recipe
+from .recipe_values import RecipeError
 from .run_folder import file_digest
 
 IGNORED = -100
@@ -85,6 +86,21 @@ def load_data(
             *(len(dropped), source, max_length, dropped[0]),
         )
     return data
+
+
+def recipe_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Rows to train on and rows to measure on, or None for the latter."""
+    cache = folder / "data"
+    train = load_data(recipe.data, recipe.data_split, tokenizer, recipe.max_length, cache)
+    if recipe.eval_data:
+        return train, load_data(recipe.eval_data, recipe.eval_split, tokenizer, recipe.max_length, cache)
+    held_out = max(1, round(len(train) * recipe.eval_fraction)) if recipe.eval_fraction else 0
+    if held_out == 0 or len(train) < 2:
+        return train, None
+    parts = train.train_test_split(test_size=held_out, seed=recipe.seed)
+    return parts["train"], parts["test"]
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> DataCollatorForSeq2Seq:

@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 from modeling_deepseek_moe.expert_lora import load_adapter
 
-from . import demo_task, train
+from . import demo_task, publish, train
 from .demo_task import Scores
 from .local_hub import LocalHub
 from .lora import known_warnings
-from .recipe import RecipeError, load_recipe
+from .recipe import load_recipe
+from .recipe_values import RecipeError
 
 TRAIN_ITEMS = 9_900  # one epoch of the recipe's 300 steps, after the held-out share
 LOCAL_NAME = "local/deepseek-moe-demo"
@@ -65,7 +66,7 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
     folder.mkdir(parents=True, exist_ok=True)
     base = base_folder()
     with open_hub(folder, hub_id) as (name, environment, access):
-        train.make_repo(name, private=bool(hub_id), **access)
+        publish.make_repo(name, private=bool(hub_id), **access)
         items = demo_task.split_items(TRAIN_ITEMS)
         rows = folder / "train.jsonl"
         rows.write_text("".join(json.dumps(demo_task.training_row(i)) + "\n" for i in items.train), encoding="utf-8")
@@ -91,7 +92,7 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
             "the merged model", scores, "reloaded", logits, demo_task.first_logits(merged, tokenizer, items.held_out)
         )
 
-        address = train.push(Path(run["saved_model"]), name, **access)
+        address = publish.push(Path(run["saved_model"]), name, **access)
         answers, pulled_logits = ask_by_name(name, environment, folder / "pulled.safetensors")
         scores["pulled"] = demo_task.score(items.held_out, answers)
         check_same(f"{name} from the Hub", scores, "pulled", logits, pulled_logits)

@@ -50,10 +50,11 @@ from modeling_deepseek_moe.expert_lora import load_adapter
 from .data import load_data
 from .lora import known_warnings
 from .plots import expert_map
-from .recipe import RecipeError, make_recipe
+from .recipe import make_recipe
+from .recipe_values import RecipeError
 from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 from .run_folder import write_text
-from .train import load
+from .tuned_model import load
 
 PICTURE, TABLE = "experts.png", "experts.json"
 _BUSIEST, _LISTED = 4, 10

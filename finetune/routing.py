@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .load_counter import LoadCounter
-from .recipe import RecipeError
+from .recipe_values import RecipeError
 
 CLAIM_FACTOR = 2
 CLAIM = (

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from .recipe import Recipe, dump_recipe, load_recipe
+from .recipe_values import RecipeError
 
 _RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
 _OURS = re.compile(

@@ -8,30 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
-from peft import PeftModel, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_deepseek_moe import DeepseekMoeForCausalLM
-
 from .callbacks import BalanceExperts, MarkCheckpoints
-from .data import collator, load_data
-from .lora import known_warnings, lora_config
+from .data import collator, recipe_rows
 from .plots import loss_curve
-from .recipe import Recipe, RecipeError
+from .publish import make_repo, push
+from .recipe import Recipe
+from .recipe_values import RecipeError, first_line
+from .results import print_summary, save
 from .router_biases import KeepRouterBiases, restore_router_biases
 from .run_folder import aside, forget_run, last_checkpoint, open_run, write_text
+from .tuned_model import add_adapters, load
 from .watch_experts import watch_experts
 
 _DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
@@ -108,7 +101,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
     model, tokenizer = load(recipe)
     model = add_adapters(model, recipe)
     with arguments.main_process_first():
-        train_data, eval_data = rows(recipe, tokenizer, folder)
+        train_data, eval_data = recipe_rows(recipe, tokenizer, folder)
     try:
         callbacks = []
         if recipe.bias_update_speed:
@@ -127,7 +120,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
             watch_experts(trainer, folder)
         return trainer
     except ValueError as error:
-        raise RecipeError(f"these settings do not go together: {_first_line(error)}") from error
+        raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
 
 
 class FineTuner(Trainer):
@@ -158,55 +151,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **{**given, **recipe.training})
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"`training.*`: {_first_line(error)}") from error
-
-
-def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, from a local folder or the Hub."""
-    choices = {
-        "attn_implementation": recipe.attn_implementation,
-        "experts_implementation": recipe.experts_implementation,
-    }
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = DeepseekMoeForCausalLM.from_pretrained(
-            recipe.model,
-            dtype=recipe.dtype,
-            **{key: value for key, value in choices.items() if value},
-            **recipe.losses,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {recipe.model!r}: {_first_line(error)}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise RecipeError(
-            f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
-            f"{len(tokenizer)} tokens: they do not belong together"
-        )
-    return model, tokenizer
-
-
-def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
-    """The model with LoRA on the recipe's targets; unchanged if it names none."""
-    if not recipe.lora:
-        return model
-    try:
-        with known_warnings():
-            return get_peft_model(model, lora_config(model, **recipe.lora))
-    except ValueError as error:
-        raise RecipeError(f"`lora.*`: {_first_line(error)}") from error
-
-
-def rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """Rows to train on and rows to measure on, or None for the latter."""
-    cache = folder / "data"
-    train = load_data(recipe.data, recipe.data_split, tokenizer, recipe.max_length, cache)
-    if recipe.eval_data:
-        return train, load_data(recipe.eval_data, recipe.eval_split, tokenizer, recipe.max_length, cache)
-    held_out = max(1, round(len(train) * recipe.eval_fraction)) if recipe.eval_fraction else 0
-    if held_out == 0 or len(train) < 2:
-        return train, None
-    parts = train.train_test_split(test_size=held_out, seed=recipe.seed)
-    return parts["train"], parts["test"]
+        raise RecipeError(f"`training.*`: {first_line(error)}") from error
 
 
 def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
@@ -220,82 +165,3 @@ def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
             write_text(path, json.dumps({"eval_loss": loss}))
         return loss
     return json.loads(path.read_text(encoding="utf-8"))["eval_loss"]
-
-
-def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
-    """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    # Training runs without a cache, and the Trainer says so in the config; whoever loads the result wants one.
-    model.config.use_cache = True
-    saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
-    if isinstance(model, PeftModel):
-        with aside(folder / "adapter") as path:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        saved["saved_adapter"] = os.fspath(folder / "adapter")
-        if not recipe.merge:
-            return saved
-        model = model.merge_and_unload()
-    with aside(folder / "model") as path:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    saved["saved_model"] = os.fspath(folder / "model")
-    return saved
-
-
-def make_repo(
-    repo_id: str, private: bool = True, endpoint: str | None = None, token: str | bool | None = None
-) -> None:
-    """Make sure that the Hub repository exists and that we may write to it, before hours of training."""
-    try:
-        HfApi(endpoint=endpoint, token=token).create_repo(repo_id, private=private, exist_ok=True)
-    except (HTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise RecipeError(
-            f"cannot write to {repo_id!r} on the Hub: {_first_line(error)} (to log in: `hf auth login`)"
-        ) from error
-
-
-def push(folder: Path, repo_id: str, endpoint: str | None = None, token: str | bool | None = None) -> str:
-    """Upload a folder to an existing repository; returns its address."""
-    api = HfApi(endpoint=endpoint, token=token)
-    try:
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Fine-tuned with deepseek-moe")
-    except (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            f"upload to {repo_id!r} failed: {_first_line(error)}; {folder} is complete, and the same command tries "
-            "the upload again"
-        ) from error
-    return f"{api.endpoint}/{repo_id}"
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """The closing table."""
-    table = Table(title=f"Fine-tuned {summary['model']}", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    share = summary["trainable_parameters"] / summary["parameters"]
-    lines = {
-        "trained": f"{', '.join(summary['lora']) or 'all weights'}: {summary['trainable_parameters']:,} parameters "
-        f"({share:.2%})",
-        "rows": f"{summary['train_rows']:,} to train, {summary['eval_rows']:,} held out",
-        "steps": f"{summary['steps']:,} ({summary['seconds']:,} s)",
-        "training loss": _number(summary["train_loss"]),
-        "held-out loss": f"{_number(summary['eval_loss_before'])} before, {_number(summary['eval_loss_after'])} after",
-        "adapter": summary["saved_adapter"],
-        "model": summary["saved_model"],
-        "loss curve": folder / "loss.png",
-        "experts": experts if (experts := folder / "experts.png").is_file() else None,
-        "Hub": summary.get("hub"),
-    }
-    for name, value in lines.items():
-        if value is not None:
-            table.add_row(name, str(value))
-    Console().print(table)
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

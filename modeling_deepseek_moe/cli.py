@@ -26,7 +26,7 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
         try:
             from modeling_deepseek_moe import CheckpointError
 
-            from .finetune.recipe import RecipeError
+            from .finetune.recipe_values import RecipeError
 
             try:
                 verb(*args, **kwargs)

@@ -14,7 +14,7 @@ from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.balancing import expert_load
 from modeling_deepseek_moe.finetune import demo_base, demo_corpus, demo_task
 from modeling_deepseek_moe.finetune.demo import base_folder, run_demo
-from modeling_deepseek_moe.finetune.recipe import RecipeError
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 MEGABYTE = 10**6
 

@@ -19,7 +19,7 @@ from modeling_deepseek_moe.finetune.data import encode
 from modeling_deepseek_moe.finetune.experts_report import report_experts
 from modeling_deepseek_moe.finetune.lora import known_warnings, lora_config
 from modeling_deepseek_moe.finetune.plots import expert_map
-from modeling_deepseek_moe.finetune.recipe import RecipeError
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 from modeling_deepseek_moe.finetune.routing import padded_batches, routing_totals
 
 

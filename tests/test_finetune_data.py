@@ -13,7 +13,7 @@ from tiny_run import TEMPLATE, tiny_tokenizer, write_jsonl
 
 from modeling_deepseek_moe.finetune.data import IGNORED, collator, encode, load_data
 from modeling_deepseek_moe.finetune.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.recipe import RecipeError
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 BOS, EOS = "<s>", "</s>"
 USER = {"role": "user", "content": "w1 w2"}
@@ -198,7 +198,7 @@ FROM_HUB = """
 import sys
 from tiny_run import tiny_tokenizer
 from modeling_deepseek_moe.finetune.data import load_data
-from modeling_deepseek_moe.finetune.recipe import RecipeError
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 tokenizer = tiny_tokenizer()
 for row in load_data("me/rows", "train", tokenizer, 64, sys.argv[1]):
     print(tokenizer.decode(row["input_ids"]))

@@ -6,7 +6,7 @@ from datasets import Dataset
 from reference import route
 from tiny import tiny_config, tiny_ids, tiny_model
 
-from modeling_deepseek_moe.finetune.recipe import RecipeError
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 from modeling_deepseek_moe.finetune.routing import claimed_experts, padded_batches, routing_totals, share_distance
 
 

@@ -4,7 +4,8 @@ import pytest
 from tiny_run import tiny_base, tiny_values
 
 from modeling_deepseek_moe.finetune import train
-from modeling_deepseek_moe.finetune.recipe import RecipeError, make_recipe
+from modeling_deepseek_moe.finetune.recipe import make_recipe
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 CASES = {
     "missing rows": ({"data": "nowhere.jsonl"}, "does not exist"),

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.recipe import RecipeError, make_recipe
+from modeling_deepseek_moe.finetune.recipe import make_recipe
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 
 @pytest.fixture(scope="module")

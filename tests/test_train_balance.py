@@ -9,7 +9,8 @@ from tiny_run import stop_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
-from modeling_deepseek_moe.finetune.recipe import RecipeError, make_recipe
+from modeling_deepseek_moe.finetune.recipe import make_recipe
+from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,102 @@
+"""The sections of a recipe and what may stand in each: fields of other libraries' classes, by their own names."""
+
+import dataclasses
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .recipe_values import RecipeError
+
+SECTIONS = ("lora", "esft", "dpo", "losses", "training")
+# Fields of `DeepseekMoeConfig` that only training reads.
+_LOSSES = (
+    "aux_loss_alpha",
+    "aux_loss_type",
+    "seq_aux",
+    "device_loss_alpha",
+    "communication_loss_alpha",
+    "balance_devices",
+    "aux_loss_counts_padding",
+    "mtp_loss_weight",
+)
+OWN_INSTEAD = {
+    "output_dir": "set `output_dir`",
+    "seed": "set `seed`",
+    "gradient_checkpointing": "set `gradient_checkpointing`",
+    "activation_checkpointing": "set `gradient_checkpointing`",
+    "push_to_hub": "set `hub_id`",
+    "hub_model_id": "set `hub_id`",
+    "hub_private_repo": "set `hub_private`",
+    "hub_token": "tokens do not belong in a recipe: run `hf auth login`",
+    "label_smoothing_factor": "the Trainer would replace the model's losses by one of its own, on unshifted labels",
+    "resume_from_checkpoint": "the same recipe run again resumes by itself",
+}
+
+
+@dataclass(frozen=True)
+class EsftOptions:
+    """Which routed experts expert-specialized fine-tuning trains (ESFT, arXiv 2407.01906).
+
+    Attributes:
+        score: token, the share of the tokens that an expert serves, or gate, its mean gate value.
+        top_p: per layer, the fewest experts whose scores sum up to this; 0.2 for token and 0.1 for gate in the paper.
+        sample_tokens: how many tokens of the training rows are scored.
+        experts: an `expert_cfg.json` that was chosen before; then nothing is scored.
+        shared_experts, non_expert_modules: train these as well.
+    """
+
+    score: Literal["token", "gate"] = "token"
+    top_p: float = 0.2
+    sample_tokens: int = 131_072
+    experts: str | None = None
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+
+def section_hints(used: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Section -> key -> type. Sections whose library is slow to import are read only where `used` names them."""
+    hints = {"lora": _lora_hints(), "esft": typing.get_type_hints(EsftOptions), "losses": _losses_hints()}
+    return hints | {"dpo": _dpo_hints() if "dpo" in used else {}, "training": _training_hints()}
+
+
+def _lora_hints() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    ours = {"target_modules", "target_parameters", "task_type", "peft_type"}
+    hints = typing.get_type_hints(LoraConfig)
+    return {"targets": list[str]} | {
+        item.name: hints[item.name] for item in dataclasses.fields(LoraConfig) if item.init and item.name not in ours
+    }
+
+
+def _losses_hints() -> dict[str, Any]:
+    from modeling_deepseek_moe import DeepseekMoeConfig
+
+    hints = {name: DeepseekMoeConfig.__annotations__[name] for name in _LOSSES}
+    return {name: float if hint == float | int else hint for name, hint in hints.items()}
+
+
+def _training_hints() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {
+        item.name: hints[item.name]
+        for item in dataclasses.fields(TrainingArguments)
+        if item.init and not item.name.startswith(("hub_", "do_")) and item.name not in OWN_INSTEAD
+    }
+
+
+def _dpo_hints() -> dict[str, Any]:
+    try:
+        from trl import DPOConfig
+    except ImportError as error:
+        raise RecipeError("the `dpo` keys need TRL: pip install 'deepseek-moe[finetune]'") from error
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(DPOConfig)
+    theirs = {item.name for item in dataclasses.fields(TrainingArguments)}
+    return {
+        item.name: hints[item.name] for item in dataclasses.fields(DPOConfig) if item.init and item.name not in theirs
+    }
