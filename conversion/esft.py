@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, SINGLE_NAME, check_fp8_scales, read_entries
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
-from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
 
 from .plan import Plan, Shard, Step, TensorSpec
 from .recipes import Copy
@@ -39,21 +39,7 @@ def open_esft(folder: str | os.PathLike) -> EsftAdapter:
         CheckpointError: one line that names file and tensor or field.
     """
     folder = Path(folder).resolve()
-    found = read_config(folder, ESFT_CONFIG)
-    path = folder / ESFT_CONFIG
-    config_json: dict[str, Any] = {}
-    for field, kind in _FIELDS.items():
-        config_json[field] = found.pop(field, None if field == "experts" else False)
-        if not isinstance(config_json[field], kind):
-            raise CheckpointError(f"{path}: {field}={config_json[field]!a} is not a JSON {_JSON_NAMES[kind]}")
-    if found:
-        raise CheckpointError(f"{path}: {min(found)} is none of {', '.join(_FIELDS)}")
-    for layer, experts in config_json["experts"].items():
-        sound = isinstance(experts, list) and all(type(expert) is int for expert in experts)
-        if not _NUMBER.fullmatch(layer) or not sound or len(set(experts)) < len(experts):
-            raise CheckpointError(
-                f"{path}: experts of layer {layer!a} are {experts!a}, not a list of different numbers"
-            )
+    config_json = read_expert_cfg(folder / ESFT_CONFIG)
     files = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors")
     if not files:
         raise CheckpointError(f"{folder} has no safetensors file; pickles are not read")
@@ -69,7 +55,44 @@ def open_esft(folder: str | os.PathLike) -> EsftAdapter:
     return EsftAdapter(folder, config_json, file_of, entries)
 
 
+def read_expert_cfg(path: str | os.PathLike) -> dict[str, Any]:
+    """The `expert_cfg.json` of ESFT, with all three fields; what it says is of some model, not yet of which.
+
+    Raises:
+        CheckpointError: one line that names file and field.
+    """
+    path = Path(path)
+    found = read_config(path.parent, path.name)
+    config_json: dict[str, Any] = {}
+    for field, kind in _FIELDS.items():
+        config_json[field] = found.pop(field, None if field == "experts" else False)
+        if not isinstance(config_json[field], kind):
+            raise CheckpointError(f"{path}: {field}={config_json[field]!a} is not a JSON {_JSON_NAMES[kind]}")
+    if found:
+        raise CheckpointError(f"{path}: {min(found)} is none of {', '.join(_FIELDS)}")
+    for layer, experts in config_json["experts"].items():
+        sound = isinstance(experts, list) and all(type(expert) is int for expert in experts)
+        if not _NUMBER.fullmatch(layer) or not sound or len(set(experts)) < len(experts):
+            raise CheckpointError(
+                f"{path}: experts of layer {layer!a} are {experts!a}, not a list of different numbers"
+            )
+    return config_json
+
+
 _JSON_NAMES = {dict: "object", bool: "boolean"}
+
+
+def check_expert_cfg(
+    config_json: dict[str, Any], config: DeepseekMoeConfig, path: str | os.PathLike, model: str | os.PathLike
+) -> None:
+    """Raises a CheckpointError for a layer or expert of an `expert_cfg.json` at `path` that `model` does not have."""
+    depth = config.num_hidden_layers + config.num_nextn_predict_layers
+    for layer, experts in config_json["experts"].items():
+        if int(layer) >= depth or not config.is_moe_layer(int(layer)):
+            raise CheckpointError(f"{path}: layer {layer} of {model} has no routed experts")
+        wrong = next((expert for expert in experts if not 0 <= expert < config.n_routed_experts), None)
+        if wrong is not None:
+            raise CheckpointError(f"{path}: layer {layer} names expert {wrong}, of {config.n_routed_experts}")
 
 
 def replaced_by(adapter: EsftAdapter, source: SourceCheckpoint) -> dict[str, str]:
@@ -80,19 +103,23 @@ def replaced_by(adapter: EsftAdapter, source: SourceCheckpoint) -> dict[str, str
     Raises:
         CheckpointError: the adapter lacks a tensor that its `expert_cfg.json` announces, or has another one.
     """
-    config, path = source.config, adapter.folder / ESFT_CONFIG
-    for layer, experts in adapter.config_json["experts"].items():
-        depth = config.num_hidden_layers + config.num_nextn_predict_layers
-        if int(layer) >= depth or not config.is_moe_layer(int(layer)):
-            raise CheckpointError(f"{path}: layer {layer} of {source.folder} has no routed experts")
-        wrong = next((expert for expert in experts if not 0 <= expert < config.n_routed_experts), None)
-        if wrong is not None:
-            raise CheckpointError(f"{path}: layer {layer} names expert {wrong}, of {config.n_routed_experts}")
+    return adapted_names(adapter, source.config, source.entries, source.folder, source.block)
+
+
+def adapted_names(
+    adapter: EsftAdapter,
+    config: DeepseekMoeConfig,
+    names: Iterable[str],
+    model: str | os.PathLike,
+    block: tuple[int, int] = BLOCK,
+) -> dict[str, str]:
+    """As `replaced_by`, for any model with these tensor `names`; `block` is of its FP8 weights."""
+    check_expert_cfg(adapter.config_json, config, adapter.folder / ESFT_CONFIG, model)
     is_legacy = not any(name.startswith("model.") for name in adapter.entries)
     keys = {f"model.{name}" if is_legacy and name != "lm_head.weight" else name: name for name in adapter.entries}
-    announced = set(_trained(adapter.config_json, source.entries))
+    announced = set(trained_names(adapter.config_json, names))
     shapes = {name: (adapter.entries[key].dtype, adapter.entries[key].shape) for name, key in keys.items()}
-    check_fp8_scales(shapes, str(adapter.folder), source.block)
+    check_fp8_scales(shapes, str(adapter.folder), block)
     for name in announced:
         is_free = is_redundant(name) or (is_legacy and name == "lm_head.weight")
         weight = keys.get(name.removesuffix(SCALE_SUFFIX))
@@ -103,7 +130,7 @@ def replaced_by(adapter: EsftAdapter, source: SourceCheckpoint) -> dict[str, str
         if name not in announced:
             raise CheckpointError(
                 f"{adapter.folder / adapter.file_of[key]}: tensor {key} is none that {ESFT_CONFIG} announces of "
-                f"{source.folder}"
+                f"{model}"
             )
     return keys
 
@@ -127,7 +154,7 @@ def plan_esft(tuned: SourceCheckpoint, base: SourceCheckpoint) -> Plan:
     config_json = _expert_cfg(tuned.config, set(_different(tuned, base)))
     steps = [
         Step(Copy(), (name,), (TensorSpec(name, tuned.dtype(name), tuned.entries[name].shape),))
-        for name in _trained(config_json, tuned.entries)
+        for name in trained_names(config_json, tuned.entries)
     ]
     if not steps:
         raise CheckpointError(f"{tuned.folder} and {base.folder} are equal; there is nothing to write")
@@ -167,7 +194,7 @@ def _expert_cfg(config: DeepseekMoeConfig, names: set[str]) -> dict[str, Any]:
     return {"experts": by_layer, "shared_experts": shared, "non_expert_modules": others}
 
 
-def _trained(config_json: dict[str, Any], names) -> Iterator[str]:
+def trained_names(config_json: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
     """Those of `names` that an `expert_cfg.json` says were trained."""
     chosen = {(layer, str(expert)) for layer, experts in config_json["experts"].items() for expert in experts}
     for name in names:

@@ -64,6 +64,7 @@ def _native(model_type: str) -> Format:
 FORMATS = {
     "bf16": Format("plain bfloat16 weights", False, torch.bfloat16, _same_config, keeps_code=True),
     "fp8": Format("FP8 blocks of 128x128, as DeepSeek-V3 is published", True, torch.bfloat16, _same_config, True),
+    "plain": Format("weights as they are, FP8 ones as bfloat16", False, None, _same_config, keeps_code=True),
     **{model_type: _native(model_type) for model_type in NATIVE_MODELS},
     INFERENCE: Format("DeepSeek's own model-parallel files and their ModelArgs", None, None, _same_config, True),
 }

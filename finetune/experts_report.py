@@ -36,25 +36,21 @@ from typing import Any
 
 import datasets
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
-from modeling_deepseek_moe.expert_lora import load_adapter
 
+from .adapters import load_for_use
 from .data import load_data
-from .lora import known_warnings
 from .plots import expert_map
 from .recipe import make_recipe
 from .recipe_values import RecipeError
 from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 from .run_folder import write_text
-from .tuned_model import load
 
 PICTURE, TABLE = "experts.png", "experts.json"
 _BUSIEST, _LISTED = 4, 10
@@ -105,12 +101,8 @@ def report_experts(
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
     recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
     with _replaced(folder, (PICTURE, TABLE)) as scratch:
-        network, tokenizer = load(recipe)
-        if adapter is not None:
-            network = _with_adapter(network, os.fspath(adapter))
+        network, tokenizer = load_for_use(model, dtype, adapter)
         moe_layers(network)
-        if torch.cuda.is_available():
-            network.to("cuda")
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)
             for name, source in zip(names, sources, strict=True)
@@ -175,23 +167,6 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
         raise
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    try:
-        with known_warnings():
-            adapted = load_adapter(model, adapter)
-        found = load_peft_weights(adapter, device="cpu").keys()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise RecipeError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
-    if adapted.active_peft_config.is_prompt_learning:
-        raise RecipeError(f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here")
-    # PEFT leaves out in silence what the model has no place for.
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    if other := sorted(name for name in found - own if "lora_" in name):
-        raise RecipeError(f"adapter {adapter!r} does not fit the model, which has no place for {other[0]}")
-    return adapted.get_base_model()
-
-
 def _names(sources: list[str]) -> list[str]:
     """The shortest names that tell the sets apart."""
     names = [Path(source).name for source in sources]
@@ -210,15 +185,11 @@ def _count(
     model: PreTrainedModel, sets: dict[str, datasets.Dataset], batch_size: int
 ) -> list[tuple[RoutingTotals, torch.Tensor]]:
     """Of each set the totals, and the shares of two random halves `[2, L, E]`; of a single row `[1, L, E]`."""
-    columns = (
-        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
-        *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
-    )
     found = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with row_progress() as progress:
         tasks = [progress.add_task(name, total=len(rows), speed=0.0, start=False) for name, rows in sets.items()]
         for task, rows in zip(tasks, sets.values(), strict=True):
-            show = _speedometer(progress, task)
+            show = speedometer(progress, task)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             halves = (padded_batches(rows.select(half), batch_size, show) for half in order.tensor_split(2))
             one, other = (routing_totals(model, half) for half in halves)
@@ -226,7 +197,17 @@ def _count(
     return found
 
 
-def _speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+def row_progress() -> Progress:
+    """A bar for each task of rows; a task has the field `speed`, in tokens a second."""
+    columns = (
+        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
+        *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+    """Starts a task of `row_progress`; call the result with the rows and tokens of every batch done."""
     started, tokens = time.monotonic(), 0
     progress.start_task(task)
 

@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from modeling_deepseek_moe.model_cards.metadata import problems
+
 from .hub_store import Blobs, HubError, Repo, bad_request, safe_path, tree
 
 _PIECE = 1 << 20
@@ -109,9 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             fields = yaml.safe_load(header[1]) if header else {}
         except yaml.YAMLError as error:
             fields = str(error)
-        if fields is not None and not isinstance(fields, dict):
-            message = f"the header of README.md is not a YAML mapping: {fields}"
-            return self.answer({"errors": [{"message": message}], "warnings": []}, HTTPStatus.BAD_REQUEST)
+        if found := problems({} if fields is None else fields):
+            body = {"errors": [{"message": message} for message in found], "warnings": []}
+            return self.answer(body, HTTPStatus.BAD_REQUEST)
         self.answer({"errors": [], "warnings": []})
 
     def preupload(self, kind: str, repo: str, revision: str) -> None:

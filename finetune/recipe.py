@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
+from .data_checks import check_data_keys
 from .lora import check_words, nearest
-from .recipe_sections import OWN_INSTEAD, SECTIONS, section_hints
+from .metric_scripts import check_metric
+from .quantization import check_quantization
+from .recipe_sections import OWN_INSTEAD, SECTIONS, check_esft, section_hints
 from .recipe_values import RecipeError, convert_value, kind_of, read_yaml
 
 _OF_THE_DEMO = ("demo", "pretrain_demo")
@@ -39,15 +42,18 @@ class Recipe:
         eval_fraction: share of `data` to hold out, 0 for none.
         data_split, eval_split: which split of a Hub data set.
         max_length: longer rows are cut to this many tokens, or what `long_rows` says.
-        long_rows: what to do with rows longer than that: cut, skip or stop.
+        long_rows: what to do with rows longer than that: cut, split (`text` goes on in further rows), skip or stop.
         bad_rows: what to do with a row that cannot be read: stop or skip; skipped ones are counted and shown.
-        packing: put several rows into one sequence of `max_length` tokens, none of which sees another.
+        packing: put several training rows into one sequence of `max_length` tokens, none of which sees another.
         streaming: read the rows while training instead of before; needs `eval_data` and `training.max_steps`.
         dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         quantization: keep the frozen weights in four bits: nf4; None for not.
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
         gradient_checkpointing: compute activations twice to keep fewer.
         bias_update_speed: step of the router's balancing bias after every optimizer step; 0 freezes it.
+        metric: judges answers to held-out rows, before and after: exact_match, json_match, the path of a script for
+            `evaluate`, or a Hub name; None for not.
+        metric_rows: on at most so many of them.
         seed: of everything random.
         merge: also save the model with the adapters merged into its weights.
         overwrite: empty an `output_dir` that holds another run.
@@ -68,7 +74,7 @@ class Recipe:
     data_split: str = "train"
     eval_split: str = "test"
     max_length: int = 2048
-    long_rows: Literal["cut", "skip", "stop"] = "cut"
+    long_rows: Literal["cut", "split", "skip", "stop"] = "cut"
     bad_rows: Literal["stop", "skip"] = "stop"
     packing: bool = False
     streaming: bool = False
@@ -78,6 +84,8 @@ class Recipe:
     experts_implementation: str | None = None
     gradient_checkpointing: bool = False
     bias_update_speed: float = 0.0
+    metric: str | None = None
+    metric_rows: int = 200
     seed: int = 42
     merge: bool = False
     overwrite: bool = False
@@ -175,13 +183,19 @@ def _check(recipe: Recipe) -> None:
         check_words(recipe.lora.get("targets", []))
     except ValueError as error:
         raise RecipeError(f"`lora.targets`: {error}") from error
-    if recipe.merge and not recipe.lora:
-        raise RecipeError("`merge` is true but there are no adapters to merge: set `lora.targets`, or merge: false")
+    check_quantization(recipe)
+    if recipe.merge and not (recipe.lora or recipe.esft):
+        raise RecipeError(
+            "`merge` is true but there are no adapters to merge: set `lora.targets` or an `esft` key, or merge: false"
+        )
     if recipe.bias_update_speed and recipe.lora and not recipe.merge:
         raise RecipeError(
             "`bias_update_speed` moves the routers' bias, which an adapter does not carry: set it to 0 to freeze the "
             "bias, or set merge: true to save the model that has it"
         )
+    check_esft(recipe)
+    check_data_keys(recipe)
+    check_metric(recipe)
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

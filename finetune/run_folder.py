@@ -2,9 +2,12 @@
 
 recipe.yaml          the recipe that the folder belongs to
 data/                tokenized rows
+data_report.json     how many rows were used, cut and left out, and why
 checkpoint-<step>/   of the Trainer; `complete` in it is written last
-before.json          measured before the first step
+before.json          measured before the first step; metric_before.json, what the metric said then
 adapter/  model/     results: the adapters, and the whole (or merged) model, each with the tokenizer
+expert_cfg.json  expert_scores.json      the experts that ESFT trains, and by which scores they were chosen
+bad_batch.json       the rows at which a loss became no number
 loss.png  experts.png  experts.json  summary.json  trainer_state.json
 """
 
@@ -24,17 +27,18 @@ from .recipe_values import RecipeError
 
 _RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
 _OURS = re.compile(
-    r"recipe\.yaml|data\.json|data|checkpoint-\d+|before\.json|adapter|model|loss\.png|experts\.(?:png|json)|summary\.json|"
+    r"recipe\.yaml|data(?:_report)?\.json|data|checkpoint-\d+|before\.json|metric_before\.json|adapter|model|expert_(?:cfg|scores)\.json|bad_batch\.json|loss\.png|experts\.(?:png|json)|summary\.json|"
     r"trainer_state\.json|.+\.aside"
 )
-_MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge"}
+MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
 
 
 def open_run(recipe: Recipe) -> tuple[Path, bool]:
     """The run's folder, and whether the run is new; half-written checkpoints and results in it are removed.
 
     Raises:
-        RecipeError: the folder holds something else, and `overwrite` does not allow to empty it of another run.
+        RecipeError: the folder holds something else, and `overwrite` does not allow to empty it of another run, or it
+            cannot be written.
     """
     folder = Path(recipe.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -51,9 +55,12 @@ def open_run(recipe: Recipe) -> tuple[Path, bool]:
             _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
     elif folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"`output_dir` {folder} holds files that are not of a run: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _DATA_MARKS, json.dumps(marks))
-    write_text(folder / _RECIPE, dump_recipe(recipe))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _DATA_MARKS, json.dumps(marks))
+        write_text(folder / _RECIPE, dump_recipe(recipe))
+    except OSError as error:
+        raise RecipeError(f"cannot write in `output_dir` {folder}: {error.strerror}") from error
     _remove(folder.glob("*.aside"))
     _remove(path for path in _checkpoints(folder) if not (path / _COMPLETE).is_file())
     return folder, is_new
@@ -106,7 +113,7 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
         return f"its recipe cannot be read: {error}"
     for item in dataclasses.fields(Recipe):
         here, there = getattr(recipe, item.name), getattr(theirs, item.name)
-        if item.name not in _MAY_CHANGE and here != there:
+        if item.name not in MAY_CHANGE and here != there:
             return f"its `{item.name}` is {there!r}, not {here!r}"
     known: dict[str, Any] = json.loads((folder / _DATA_MARKS).read_text(encoding="utf-8"))
     return next((f"the rows of `{key}` have changed since" for key in marks if marks[key] != known.get(key)), "")

@@ -1,5 +1,6 @@
 """One fine-tuning run, from a recipe to a saved model."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -8,26 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from .callbacks import BalanceExperts, MarkCheckpoints
 from .data import collator, recipe_rows
+from .disk import check_room, checkpoint_bytes, is_full
+from .esft import trained_count
+from .esft_experts import is_specialized
+from .esft_run import specialize
 from .plots import loss_curve
-from .publish import make_repo, push
+from .push import open_repo, push_run
 from .recipe import Recipe
 from .recipe_values import RecipeError, first_line
-from .results import print_summary, save
-from .router_biases import KeepRouterBiases, restore_router_biases
+from .results import machine, print_summary, save
+from .router_biases import KeepRouterBiases
+from .row_report import row_counts
 from .run_folder import aside, forget_run, last_checkpoint, open_run, write_text
+from .run_metric import measure_metric, metric_before
+from .trainer import FineTuner
 from .tuned_model import add_adapters, load
 from .watch_experts import watch_experts
 
-_DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
+# A loss that is no number ends the run (`trainer.py`), so the Trainer need not hide it.
+_DEFAULTS = {
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "eval_strategy": "no",
+    "logging_nan_inf_filter": False,
+}
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -52,104 +67,134 @@ def run(recipe: Recipe) -> dict[str, Any]:
             forget_run(folder)
         raise
     model, tokenizer = trainer.model, trainer.processing_class
-    train_data, eval_data = trainer.train_dataset, trainer.eval_dataset
 
     started = time.monotonic()
     checkpoint = last_checkpoint(folder)
     before = eval_loss_before(trainer, folder)
-    try:
-        trainer.train_from(checkpoint)
-    except KeyboardInterrupt:
-        saved = last_checkpoint(folder)
-        kept = f"{saved} is saved" if saved else "no checkpoint was written yet"
-        raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
-    after = trainer.evaluate()["eval_loss"] if eval_data else None
+    first_scores = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
+    train_from(trainer, checkpoint, folder)
+    after = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
 
     summary = {
         "model": recipe.model,
         "lora": recipe.lora.get("targets", []),
+        "trained_experts": trained_count(model.expert_cfg) if is_specialized(model) else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_rows": len(train_data),
-        "eval_rows": len(eval_data) if eval_data else 0,
+        **row_counts(folder),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "resumed_from": checkpoint.name if checkpoint else None,
         "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
         "eval_loss_before": before,
         "eval_loss_after": after,
+        "metric_before": first_scores,
+        "metric_after": measure_metric(trainer, recipe),
         "seconds": round(time.monotonic() - started, 1),
+        "seconds_per_step": trainer.step_times.median,
+        **machine(),
     }
+    if recipe.dpo:
+        from .preferences import preference_metrics
+
+        summary |= preference_metrics(trainer.state.log_history)
     if not trainer.is_world_process_zero():
         return summary
     summary |= save(trainer, tokenizer, recipe, folder)
     loss_curve(trainer.state.log_history, folder / "loss.png", before)
     with aside(folder / "trainer_state.json") as path:
         trainer.state.save_to_json(os.fspath(path))
-    if recipe.hub_id:
-        summary["hub"] = push(Path(summary["saved_model"] or summary["saved_adapter"]), recipe.hub_id)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if recipe.hub_id:
+        summary["hub"] = push_run(folder, recipe.hub_id, private=recipe.hub_private)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print_summary(summary, folder)
     return summary
+
+
+def train_from(trainer: "FineTuner", checkpoint: Path | None, folder: Path) -> None:
+    """Train to the end; whatever stops it, say what is saved."""
+    size = checkpoint_bytes(trainer)
+    try:
+        trainer.train_from(checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped: {_kept(folder)}; the same command goes on from there") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors do not pass on the number of the error.
+        if not (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_full(folder, size)):
+            raise
+        raise RecipeError(
+            f"the disk of {folder} is full ({first_line(error)}): {_kept(folder)}; free about {size / 1e9:.2f} GB, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def _kept(folder: Path) -> str:
+    saved = last_checkpoint(folder)
+    return f"{saved} is saved" if saved else "no checkpoint was written yet"
 
 
 def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "FineTuner":
     """Model, adapters and rows as the recipe says, ready to train."""
     if recipe.hub_id and arguments.process_index == 0:
-        make_repo(recipe.hub_id, recipe.hub_private)
+        open_repo(recipe, folder)
     set_seed(recipe.seed)
     model, tokenizer = load(recipe)
-    model = add_adapters(model, recipe)
+    if not recipe.dpo:  # TRL adds them itself, and takes the model without them for the reference
+        model = add_adapters(model, recipe)
     with arguments.main_process_first():
-        train_data, eval_data = recipe_rows(recipe, tokenizer, folder)
+        rows = recipe_rows(recipe, tokenizer, folder)
+    if recipe.esft:
+        specialize(model, recipe, rows.train, arguments, folder)
     try:
         callbacks = []
         if recipe.bias_update_speed:
             keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
             callbacks = [BalanceExperts(model, recipe.bias_update_speed), *keep]
-        trainer = FineTuner(
-            model=model,
-            args=arguments,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=collator(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[*callbacks, MarkCheckpoints()],
-        )
+        callbacks += [*rows.callbacks, MarkCheckpoints()]
+        if recipe.dpo:
+            from .preferences import preference_tuner  # only these runs need TRL
+
+            trainer = preference_tuner(recipe, arguments, model, tokenizer, rows, callbacks)
+        else:
+            trainer = FineTuner(
+                model=model,
+                args=arguments,
+                train_dataset=rows.train,
+                eval_dataset=rows.eval,
+                data_collator=collator(tokenizer),
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         if model.config.has_experts:
             watch_experts(trainer, folder)
+        check_room(trainer, recipe, folder)
         return trainer
+    except RecipeError:
+        raise
     except ValueError as error:
         raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
-
-
-class FineTuner(Trainer):
-    """The Trainer, able to be told to finish what it already has finished."""
-
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end; from a checkpoint that is already there, only restore it."""
-        if checkpoint is None:
-            self.train()
-            return
-        state = TrainerState.load_from_json(os.fspath(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
-            self.train(resume_from_checkpoint=os.fspath(checkpoint))
-            return
-        self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or os.fspath(checkpoint))
-        restore_router_biases(self.model, Path(best or checkpoint))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
     given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    # transformers 5.23 renamed it.
+    checkpointing = (
+        f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
+    )
+    given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
     if recipe.gradient_checkpointing:
-        # transformers 5.23 renamed it.
-        name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-        given |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        given[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
+    if recipe.streaming:
+        given["accelerator_config"] = {"dispatch_batches": False}  # batches of unlike shapes cannot be dispatched
+    given |= {"output_dir": recipe.output_dir, "seed": recipe.seed, **recipe.training}
     try:
-        return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **{**given, **recipe.training})
+        if recipe.dpo:
+            from .preferences import preference_arguments
+
+            return preference_arguments(recipe, **given)
+        return TrainingArguments(**given)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"`training.*`: {first_line(error)}") from error
 

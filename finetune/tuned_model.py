@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
 from .lora import known_warnings, lora_config
+from .quantization import quantization_options
 from .recipe import Recipe
 from .recipe_values import RecipeError, first_line
 
@@ -22,6 +23,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             recipe.model,
             dtype=recipe.dtype,
             **{key: value for key, value in choices.items() if value},
+            **quantization_options(recipe),
             **recipe.losses,
         )
     except (OSError, ValueError, ImportError) as error:

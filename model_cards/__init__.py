@@ -1,1 +1,1 @@
-"""Reference models and their cards: the demo's pretrained base now, one card a released model later."""
+"""Cards: of what is published after a run, of the released models, and of the demo's base."""

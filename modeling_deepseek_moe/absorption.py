@@ -60,7 +60,7 @@ def effective_weight(linear: nn.Module) -> torch.Tensor:
     """
     is_elsewhere = any(weight.is_meta or hasattr(weight, "ds_id") for weight in linear.parameters())
     if type(linear) in (nn.Linear, DeepseekMoeLinear) and not is_elsewhere:
-        return _local(linear.weight)
+        return _plain(linear.weight)
     delta = None if is_elsewhere else _lora_delta(linear)
     if delta is not None:
         weight = effective_weight(linear.base_layer)
@@ -72,9 +72,11 @@ def effective_weight(linear: nn.Module) -> torch.Tensor:
     return linear(torch.eye(linear.in_features, dtype=dtype, device=device)).T
 
 
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    """This rank's rows under tensor parallelism."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's rows under tensor parallelism; the values of a weight in four bits."""
+    if hasattr(weight, "to_local"):
+        return weight.to_local()
+    return weight.dequantize() if hasattr(weight, "packed") else weight
 
 
 def _lora_delta(linear: nn.Module) -> torch.Tensor | int | None:

@@ -1,6 +1,7 @@
 """The command `deepseek-moe`: thin verbs, whose work and whose imports are elsewhere."""
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from .cli_esft import score, select
+from .cli_use import chat, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,6 +114,10 @@ def experts(
     )
 
 
+for _verb in (evaluate, chat):
+    app.command()(_reported(_verb))
+
+
 @app.command()
 @_reported
 def convert(
@@ -118,8 +126,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="bf16, fp8, deepseek, deepseek_v2, deepseek_v3, deepseek-inference, upcycle; of adapters peft, "
-            "peft-per-expert, esft."
+            help="bf16, fp8, plain, deepseek, deepseek_v2, deepseek_v3, deepseek-inference, upcycle; of adapters "
+            "peft, peft-per-expert, esft."
         ),
     ],
     dtype: Annotated[
@@ -170,6 +178,69 @@ def convert(
 
 @app.command()
 @_reported
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, of an adapter or of a model.")],
+    to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository on the Hub.")],
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The adapter, also of a merged run.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model; merged now if it was not.")] = False,
+    native: Annotated[
+        str | None, typer.Option(help="The whole model as deepseek, deepseek_v2 or deepseek_v3, for other software.")
+    ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="The whole model with its code, for trust_remote_code=True.")
+    ] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees it; a new one is private by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Hub name of the base, if the run knows only a folder.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence id for the card: mit; the base's by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace whatever the repository holds.")] = False,
+) -> None:
+    """Publish what a run left, with a model card; the same command goes on where a stopped one was."""
+    from .finetune.push import push_run
+
+    push_run(
+        run,
+        to,
+        adapter_only=adapter_only,
+        merged=merged,
+        native=native,
+        with_code=with_code,
+        private=private,
+        base=base,
+        license=license,
+        force=force,
+    )
+
+
+@app.command()
+@_reported
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub name of a model; only its config.json is read.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A YAML file, or the name of a shipped recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, with its unit: 24GB.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="All shipped recipes on released models instead.")] = False,
+) -> None:
+    """Say how much memory a recipe needs to train a model, where it fits, and what would help."""
+    from .finetune.plan_report import plan_memory, plan_table
+
+    if table:
+        print(plan_table())
+        return
+    if model is None or recipe is None:
+        raise typer.BadParameter("name a model and a recipe, or give --table")
+    plan_memory(model, recipe, overrides or [], gpu_memory, gpus, as_json)
+
+
+@app.command()
+@_reported
 def demo(
     output_dir: Annotated[Path | None, typer.Option(help="Where to write; a temporary folder by default.")] = None,
     hub_id: Annotated[
@@ -182,8 +253,16 @@ def demo(
     run_demo(output_dir=output_dir, hub_id=hub_id)
 
 
+_esft = typer.Typer(no_args_is_help=True, help="Expert-Specialized Fine-Tuning: train the experts that serve a task.")
+for _verb in (score, select):
+    _esft.command()(_reported(_verb))
+app.add_typer(_esft, name="esft")
+
+
 def main() -> None:
     """Entry point of the `deepseek-moe` script."""
+    # PEFT imports bitsandbytes, which warns of a kernel that nothing here asks it for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(prog_name="deepseek-moe")
 
 

@@ -22,11 +22,13 @@ from torch import nn
 from .kernels.low_rank import Adapter
 from .kernels.sorted_experts import sorted_experts
 from .kernels.sorted_mm import interface_departure
+from .quantized_weights import NF4Weight
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
 _SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", "sorted_mm", None)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WEIGHTS = ("gate_up_proj", "down_proj")
+_KINDS = (nn.Parameter, torch.Tensor, NF4Weight)
 
 
 class ParamWrapper(lora.ParamWrapper):
@@ -38,7 +40,8 @@ class ParamWrapper(lora.ParamWrapper):
     merged does the named one run.
 
     PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
-    `experts_implementation`, hooks on the experts, base weights that are quantised or sharded.
+    `experts_implementation`, hooks on the experts, base weights that are sharded or quantised otherwise than by
+    `quantized_weights`; base weights that are quantised so make it a ValueError.
     Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
     `torch.compile` breaks its graph here.
     """
@@ -54,6 +57,8 @@ class ParamWrapper(lora.ParamWrapper):
         reason = _needs_peft(chain, experts)
         if reason is None and (kwargs or len(args) != 2):
             reason = "the experts are not called with (hidden_states, top_k_index, top_k_weights)"
+        if reason is not None and _in_four_bits(experts):
+            raise ValueError(f"LoRA on routed experts in four bits cannot be computed: {reason}")
         if reason is not None:
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
@@ -164,6 +169,10 @@ def _is_in_pefts_pass(experts: nn.Module) -> bool:
     return any(type(parametrization).__module__.startswith("peft.") for each in lists for parametrization in each)
 
 
+def _in_four_bits(experts: nn.Module) -> bool:
+    return any(isinstance(getattr(experts, name), NF4Weight) for name in _WEIGHTS)
+
+
 def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | None:
     """Why the result, or a side effect, could differ from that of PEFT's pass."""
     if (name := getattr(experts.config, "_experts_implementation", None)) not in _SAME_PRODUCT:
@@ -174,7 +183,11 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         return f"{other[0]} is adapted too"
     for name in _WEIGHTS:
         weight = getattr(experts, name)
-        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.ndim != 3 or weight.dtype not in _DTYPES:
+        if (
+            type(weight) not in (nn.Parameter, torch.Tensor, NF4Weight)
+            or weight.ndim != 3
+            or weight.dtype not in _DTYPES
+        ):
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
     for module in (*chain[1:], experts):
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -38,10 +38,10 @@ class CheckpointMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # A quantiser renames and reshapes tensors; transformers' own report covers those checkpoints. `expected_keys`
-        # are given for an adapter, which goes on top of a model that is already there.
+        # Tensors of a quantised checkpoint have other names and shapes; transformers' own report covers those.
+        # `expected_keys` are given for an adapter, which goes on top of a model that is already there.
         from_fp8 = expected_keys is None and is_fp8_to_dequantize(load_config)
-        if (load_config.hf_quantizer is None or from_fp8) and expected_keys is None:
+        if (not is_quantized_checkpoint(load_config) or from_fp8) and expected_keys is None:
             check_and_fit(model, state_dict, checkpoint_files, load_config)
         if from_fp8:
             dequantize_ragged_blocks(load_config)
@@ -66,7 +66,7 @@ class CheckpointMixin:
             )
         new_heads = {name for name in loading_info.missing_keys if name.startswith("score.")}
         lost = set(loading_info.missing_keys) - new_heads - model.all_tied_weights_keys.keys()
-        if lost and load_config.hf_quantizer is None:
+        if lost and not is_quantized_checkpoint(load_config):
             raise CheckpointError(f"{load_config.pretrained_model_name_or_path} lacks {', '.join(sorted(lost))}")
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         if new_heads:
@@ -76,10 +76,21 @@ class CheckpointMixin:
         return loading_info
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
-        """As in transformers; MTP modules get their copies of embedding and head back."""
+        """As in transformers; MTP modules get their copies of embedding and head back.
+
+        Raises:
+            ValueError: the weights were quantised while they were loaded, in a way that has no file format.
+        """
+        quantizer, is_adapted = getattr(self, "hf_quantizer", None), getattr(self, "_hf_peft_config_loaded", False)
+        if quantizer is not None and not is_adapted and not quantizer.is_serializable():
+            method = quantizer.quantization_config.quant_method
+            raise ValueError(
+                f"weights that were quantised while loading ({method}) are not saved: save the adapter, and merge it "
+                "into the unquantised checkpoint (`deepseek-moe convert MODEL TARGET --to bf16 --adapter ADAPTER`)"
+            )
         if self._auto_class is None:
             drop_local_code(self.config)
-        if self.config.num_nextn_predict_layers and not getattr(self, "_hf_peft_config_loaded", False):
+        if self.config.num_nextn_predict_layers and not is_adapted:
             state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
@@ -100,7 +111,7 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
     if not specs:
         return
     scales = [name for name in specs if name.endswith(f".weight{SCALE_SUFFIX}")]
-    if load_config.hf_quantizer is not None:
+    if is_quantized_checkpoint(load_config):
         check_fp8_scales(specs, source, fp8_block(load_config.hf_quantizer))
     elif scales:
         raise CheckpointError(
@@ -155,6 +166,11 @@ class DequantizeBlocks(ConversionOps):
                 return {full_layer_name: tensors[0]}
             result[key] = tensors
         return result
+
+
+def is_quantized_checkpoint(load_config) -> bool:
+    """Whether the files themselves hold quantised weights, rather than weights that are quantised while loading."""
+    return load_config.hf_quantizer is not None and load_config.hf_quantizer.pre_quantized
 
 
 def is_fp8_to_dequantize(load_config) -> bool:

@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,13 @@ def experts_of_llama(llama, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("upcycled") / "llama"
     upcycled(llama, target)
     return target
+
+
+@pytest.fixture(scope="session")
+def metric_cache(tmp_path_factory) -> Iterator[None]:
+    """Metric scripts are copied into a temporary folder, one for the whole session: Python imports them but once."""
+    import evaluate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
+        yield

@@ -1,16 +1,14 @@
-"""Conversions that are killed: one program forks a child for every line it reads, so that only one has to start.
+"""Conversions that are killed.
 
-Each line is a JSON object: `source`, `target`, `to`, other `options` of `convert`, and `event` (the child kills
-itself at that disk operation, in the middle of it if it is a write) or `seconds` (a timer kills it). The answer is the
-child's signal, 0 if it finished.
+A request holds `source`, `target`, `to`, other `options` of `convert`, and `event` (the child kills itself at that
+disk operation, in the middle of it if it is a write) or `seconds` (a timer kills it).
 """
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
+
+from kills import KillServer, serve
 
 _OPERATIONS = ("pwrite", "copy_file_range", "fsync", "replace", "unlink", "link", "mkdir", "open")
 
@@ -42,47 +40,26 @@ def killed_at(event: int | None):
             setattr(os, name, original)
 
 
-class KilledConversions:
-    """The parent's side: starts the program, and asks it for one killed conversion after the other."""
-
-    def __enter__(self) -> "KilledConversions":
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(60)
+class KilledConversions(KillServer):
+    program = __file__
 
     def run(
         self, source, target, to: str, *, event: int | None = None, seconds: float | None = None, **options
     ) -> int:
         request = {"source": str(source), "target": str(target), "to": to, "options": options}
-        request |= {"event": event, "seconds": seconds}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+        return self.ask({**request, "event": event, "seconds": seconds})
 
 
 def _serve() -> None:
-    import torch
-
     from modeling_deepseek_moe.conversion import UpcycleOptions, convert
 
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    for line in sys.stdin:
-        request = json.loads(line)
+    def work(request):
         if "upcycle" in request["options"]:
             request["options"]["upcycle"] = UpcycleOptions(**request["options"]["upcycle"])
-        child = os.fork()
-        if child == 0:
-            if request["seconds"]:
-                signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # the signal's default is the end
-            with killed_at(request["event"]):
-                convert(request["source"], request["target"], request["to"], **request["options"])
-            os._exit(0)
-        print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+        with killed_at(request["event"]):
+            convert(request["source"], request["target"], request["to"], **request["options"])
+
+    serve(work)
 
 
 if __name__ == "__main__":

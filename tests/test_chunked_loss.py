@@ -79,7 +79,8 @@ def test_logits_whose_exponentials_overflow_give_a_finite_loss():
     nn.init.normal_(head.lm_head.weight, std=100.0)
     expected = loss_and_gradients(head, hidden_states, labels, 0)
     assert expected[0].isfinite() and expected[0] > 89, "exp(89) is beyond float32"
-    assert_equal_to_rounding(loss_and_gradients(head, hidden_states, labels, THREE_ROWS), expected)
+    # Logits of a thousand are rounded to 6e-5, and their exponentials differ by that share.
+    assert_equal_to_rounding(loss_and_gradients(head, hidden_states, labels, THREE_ROWS), expected, relative=6e-5)
 
 
 def test_shift_labels_and_another_ignore_index_are_read_as_transformers_does():

@@ -60,6 +60,19 @@ def test_config_and_index_of_the_bfloat16_copy_tell_the_truth(fp8, tmp_path):
     assert (tmp_path / "bf16" / "tokenizer.json").read_bytes() == (fp8 / "tokenizer.json").read_bytes()
 
 
+def test_plain_makes_bfloat16_of_fp8_and_leaves_other_types(fp8, tmp_path):
+    convert(fp8, tmp_path / "plain", "plain")
+    convert(fp8, tmp_path / "bf16", "bf16")
+    assert contents_without_record(tmp_path / "plain") == contents_without_record(tmp_path / "bf16")
+    tiny_model(tiny_config("v3")).save_pretrained(tmp_path / "float32")
+    report = convert(tmp_path / "float32", tmp_path / "same", "plain")
+    assert set(report.actions.values()) == {"linked"}
+
+
+def contents_without_record(folder):
+    return {name: data for name, data in contents(folder).items() if name != "conversion.json"}
+
+
 def test_written_files_are_those_that_safetensors_itself_would_write(bf16, tmp_path):
     convert(bf16, tmp_path / "fp8", "fp8")
     for file in (tmp_path / "fp8").glob("*.safetensors"):
@@ -158,7 +171,7 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("to", "dtype", "message"),
     [
-        ("bfloat16", None, "'bfloat16' is not one of bf16, fp8, deepseek, deepseek_v2, deepseek_v3"),
+        ("bfloat16", None, "'bfloat16' is not one of bf16, fp8, plain, deepseek, deepseek_v2, deepseek_v3"),
         ("fp8", "bf16", "'bf16' is not one of bfloat16, float16, float32"),
         ("bf16", "float32", "contradicts the format 'bf16'"),
     ],

@@ -1,7 +1,6 @@
 """`deepseek-moe experts`: what it counts, compares, draws, writes and refuses."""
 
 import json
-import logging
 import struct
 
 import pytest
@@ -183,12 +182,12 @@ def test_chats_count_with_all_their_turns(tmp_path, base):
     assert report["data"][0]["tokens"] == sum(len(encode(row, tiny_tokenizer(), 64)[0]) for row in rows)
 
 
-def test_rows_with_nothing_to_learn_are_left_out_with_a_warning(tmp_path, base, caplog):
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "w1 w2", "completion": ""}, {"text": "w1"}])
-    with caplog.at_level(logging.WARNING):
-        report = report_experts(base, rows, output_dir=tmp_path)
+def test_rows_with_nothing_to_learn_are_left_out_and_shown(tmp_path, base, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "w1 " * 40, "completion": "w2"}, {"text": "w1"}])
+    report = report_experts(base, rows, output_dir=tmp_path, max_length=32)
     assert report["data"][0]["rows"] == 1
-    assert f"1 rows of {rows} dropped" in caplog.text
+    shown = capsys.readouterr().out
+    assert "1 of 2 used" in " ".join(shown.split()) and "left out" in shown
 
 
 def with_adapter(base, folder, targets=("all",)):

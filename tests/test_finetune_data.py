@@ -1,7 +1,6 @@
 """Rows to token ids and labels."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -97,14 +96,6 @@ def test_tools_reach_the_chat_template():
 def test_a_long_row_is_cut_and_then_does_not_claim_to_end():
     tokens, learned = encoded({"text": "w1 w2 w3 w4"}, max_length=4)
     assert (tokens, learned) == ("<s> w1 w2 w3", "w1 w2 w3")
-
-
-def test_a_row_whose_prompt_fills_the_length_is_dropped_with_a_warning(tmp_path, caplog):
-    rows = [{"prompt": "w1 w2 w3 w4", "completion": "w5"}, {"text": "w1"}]
-    with caplog.at_level(logging.WARNING):
-        data = load(tmp_path, rows, max_length=4)
-    assert len(data) == 1
-    assert "1 rows of" in caplog.text and "line 1" in caplog.text and "max_length=4" in caplog.text
 
 
 def test_rows_of_several_kinds_are_read_in_order(tmp_path):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-from modeling_deepseek_moe.kernels import low_rank, sorted_rows
+from modeling_deepseek_moe.kernels import sorted_rows
 from modeling_deepseek_moe.kernels.low_rank import Adapter
 from modeling_deepseek_moe.kernels.sorted_experts import sorted_experts
 
@@ -96,8 +96,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def every_way(request, monkeypatch):
     """The way of CUDA also runs on CPU, where nothing else chooses it."""
     if request.param == "all at once":
-        for module in (low_rank, sorted_rows):
-            monkeypatch.setattr(module, "grouped", lambda device: True)
+        monkeypatch.setattr(sorted_rows, "grouped", lambda device: True)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])

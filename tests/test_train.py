@@ -18,7 +18,7 @@ from tiny_run import counting_rows, stop_at, tiny_base, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune import train
+from modeling_deepseek_moe.finetune import publish, train
 from modeling_deepseek_moe.finetune.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
@@ -293,7 +293,7 @@ def test_the_result_is_pushed_and_loads_by_name(tmp_path, base):
         assert done.returncode == 0, done.stderr
         files = HfApi(endpoint=hub.endpoint, token="any").list_repo_files("me/tuned")
     assert done.stdout.splitlines()[-2:] == [f"{hub.endpoint}/me/tuned", "DeepseekMoeForCausalLM"]
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "loss.png"} <= set(files)
     assert "hf_private" not in done.stdout + done.stderr
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(b"hf_private" in path.read_bytes() for path in written)
@@ -301,7 +301,7 @@ def test_the_result_is_pushed_and_loads_by_name(tmp_path, base):
 
 def test_a_hub_that_refuses_ends_in_one_line(tmp_path):
     with LocalHub(tmp_path / "hub") as hub, pytest.raises(RecipeError) as caught:
-        train.make_repo("me/tuned", endpoint=hub.endpoint, token=False)
+        publish.make_repo("me/tuned", endpoint=hub.endpoint, token=False)
     assert "cannot write to 'me/tuned' on the Hub: " in str(caught.value)
     assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -311,4 +311,4 @@ def test_an_upload_that_fails_says_that_the_result_is_safe(tmp_path, base):
         LocalHub(tmp_path / "hub") as hub,
         pytest.raises(RecipeError, match="upload to 'me/none' failed.*is complete"),
     ):
-        train.push(base, "me/none", endpoint=hub.endpoint, token="any")
+        publish.push(base, "me/none", endpoint=hub.endpoint, token="any")

@@ -1,6 +1,6 @@
 """Two processes with half of the batch each against one with all of it: same biases, same numbers about experts.
 
-The processes are started once; each trains in a plain loop under DDP, then with the Trainer.
+The processes are started once; each trains in a plain loop under DDP, with the Trainer, and by a recipe.
 """
 
 import json
@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from tiny_run import tiny_base, tiny_values
 from tiny_trainer import batch_of, biases, padded_rows, trainer_of, training_model
 from torch.nn.parallel import DistributedDataParallel
 
+from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.callbacks import BalanceExperts
+from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.watch_experts import watch_experts
 
 SPEED = 0.01
@@ -58,9 +61,26 @@ def trainer_run(folder, ranks: int) -> dict:
     return {"biases": biases(model), "history": trainer.state.log_history, "rows": watcher.rows, "table": table}
 
 
+def recipe_run(folder, rank: int, ranks: int) -> list[dict[str, float]]:
+    """Losses and gradient norms of a recipe whose held-out rows are measured before the first step."""
+    values = [None]
+    if rank == 0:
+        options = {"training.use_cpu": True, "training.max_steps": 3, "eval_fraction": 0.25}
+        options["training.per_device_train_batch_size"] = 6 // ranks
+        values = [tiny_values(folder, tiny_base(folder / "base"), **options)]
+    if ranks > 1:
+        torch.distributed.broadcast_object_list(values)
+    train.run(make_recipe(values[0]))
+    if ranks > 1:
+        torch.distributed.barrier()  # the main process writes
+    log = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    return [{name: row[name] for name in ("loss", "grad_norm")} for row in log if "loss" in row]
+
+
 def run_all(folder, rank: int, ranks: int) -> None:
     found = {rule: plain_loop(rank, ranks, rule) for rule in ("sign", "proportional")}
-    torch.save(found | {"trainer": trainer_run(folder, ranks)}, folder / f"{rank}.pt")
+    found |= {"trainer": trainer_run(folder, ranks), "recipe": recipe_run(folder, rank, ranks)}
+    torch.save(found, folder / f"{rank}.pt")
 
 
 def one_of_two(rank: int, folder) -> None:
@@ -114,6 +134,14 @@ def test_the_table_at_the_end_counts_the_tokens_of_all_ranks(found):
     # Two steps, all tokens of 16 rows, 3 experts each, in the layers of the main model.
     tokens = sum(int(row["attention_mask"].sum()) for row in padded_rows(training_model(), 16))
     assert [sum(layer) for layer in tables[0]["tokens"][:2]] == [3 * tokens] * 2
+
+
+def test_a_run_that_is_measured_first_still_averages_the_gradients_of_all_ranks(found):
+    single, *both = (result["recipe"] for result in found)
+    assert len(single) == 3
+    for rank in both:
+        for ours, theirs in zip(single, rank, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-4)  # sums of float32 in another order
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from modeling_deepseek_moe.finetune import train
+from modeling_deepseek_moe.finetune.trainer import Finishes
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<user>", "<bot>"]
 WORDS = [f"w{number}" for number in range(80)]
@@ -90,9 +90,9 @@ class StopAt(TrainerCallback):
 
 def stop_at(monkeypatch, step):
     """Let every run stop as by Ctrl-C after `step` steps."""
-    real = train.FineTuner.__init__
+    real = Finishes.__init__
 
     def patched(self, *args, callbacks, **kwargs):
         real(self, *args, callbacks=[*callbacks, StopAt(step)], **kwargs)
 
-    monkeypatch.setattr(train.FineTuner, "__init__", patched)
+    monkeypatch.setattr(Finishes, "__init__", patched)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..large_tensors import empty, empty_like
-from .sorted_rows import SortedRows, grouped
+from .sorted_rows import SortedRows
 
 _STRIP = 128
 
@@ -38,7 +38,7 @@ class LowRank:
             stacks_B.append(_transposed_copy(scaled, scaled.dtype).unflatten(0, B.shape[1:]))
         self.A, B = _cat(stacks_A, 1), _cat(stacks_B, 0)
         # Rows that `grouped_mm` reads are multiples of 16 bytes.
-        if grouped(B.device) and (padding := -len(B) % (16 // B.itemsize)):
+        if routing.at_once and (padding := -len(B) % (16 // B.itemsize)):
             self.A, B = F.pad(self.A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, 0, 0, padding))
         self.B = B.transpose(0, 1)
         if is_trained:

@@ -12,8 +12,9 @@ R the ranks of all adapters together. For each expert, with w its tokens' routin
                                                    dA1 = v' x,  dB1 = t' d gate_up,  dW1 = d gate_up' x
 
 Saved are gate_up, t and u; x and h are computed again. No tensor of the size of the weights is made but the gradients
-of those that are trained. One expert after the other on CPU, so that its rows stay in the cache; all at once, by
-`grouped_mm`, on CUDA, where nothing waits for the counts.
+of those that are trained. One expert after the other on CPU, so that its rows stay in the cache, and where weights are
+in four bits, so that one is dequantised at a time; else all at once on CUDA, by `grouped_mm`, where nothing waits for
+the counts.
 
 On CPU gate_up, h and d gate_up are stored column by column, `W x'` being the faster product than `x W'`.
 """
@@ -27,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from ..large_tensors import empty_like
+from ..large_tensors import empty
+from ..quantized_weights import NF4Weight
 from .low_rank import Adapter, low_ranks
 from .sorted_rows import Segment, SortedRows
 
@@ -39,15 +41,19 @@ def sorted_experts(
     top_k_weights: torch.Tensor,
     gate_up: Sequence[Adapter] = (),
     down: Sequence[Adapter] = (),
+    trained: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Weighted sum of each token's experts, adapted or not.
 
     Args:
-        experts: has `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]` and `_apply_gate`, `[n, 2I]` -> `[n, I]`.
+        experts: has `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, plain or `NF4Weight`, and `_apply_gate`,
+            `[n, 2I]` -> `[n, I]`.
         hidden_states: `[N, H]`.
         top_k_index: `[N, K]` expert ids; `E` marks a slot that another rank serves.
         top_k_weights: `[N, K]`.
         gate_up, down: the adapters of each weight, whose updates add up.
+        trained: the first T experts once more, `[T, 2I, H]` and `[T, H, I]` in any dtype, to get the gradients in
+            place of the weights of `experts`, which are frozen and hold the same values.
 
     Returns:
         `[N, H]` in the dtype of `hidden_states`.
@@ -55,9 +61,11 @@ def sorted_experts(
     scalings = [adapter.scaling for adapter in gate_up], [adapter.scaling for adapter in down]
     factors = [factor for adapter in (*gate_up, *down) for factor in (adapter.A, adapter.B)]
     weights = (experts.gate_up_proj, experts.down_proj)
-    routing = SortedRows(top_k_index, len(weights[0]), weights[0].dtype)
-    inputs = (experts, routing, scalings, hidden_states, top_k_weights, *weights, *factors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[3:]):
+    at_once = not any(isinstance(weight, NF4Weight) for weight in weights)
+    routing = SortedRows(top_k_index, len(weights[0]), weights[0].dtype, at_once)
+    targets, values = (weights, (None, None)) if trained is None else (trained, weights)
+    inputs = (experts, routing, scalings, hidden_states, top_k_weights, *targets, *values, *factors)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[3:]):
         return _SortedExperts.apply(*inputs)
     return _forward(*inputs, saved=None)
 
@@ -79,7 +87,8 @@ class _SortedExperts(torch.autograd.Function):
         return None, None, None, *_backward(*ctx.constants, *inputs, grad_output=grad_output, saved=saved, needs=needs)
 
 
-def _forward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, *factors, saved):
+def _forward(experts, routing, scalings, hidden_states, top_k_weights, T1, T2, W1, W2, *factors, saved):
+    W1, W2 = (T1, T2) if W1 is None else (W1, W2)
     with torch.autocast(hidden_states.device.type, enabled=False):
         gate_up_low, down_low = low_ranks(routing, scalings, factors)
         x_NH, w_R, output_NH = routing.inputs(hidden_states, top_k_weights)
@@ -93,11 +102,14 @@ def _forward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, *
         return output_NH.to(hidden_states.dtype)
 
 
-def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, *factors, grad_output, saved, needs):
-    needs_x, needs_w, needs_W1, needs_W2, *needs_factors = needs
+def _backward(
+    experts, routing, scalings, hidden_states, top_k_weights, T1, T2, W1, W2, *factors, grad_output, saved, needs
+):
+    needs_x, needs_w, needs_T1, needs_T2, _, _, *needs_factors = needs
+    W1, W2 = (T1, T2) if W1 is None else (W1, W2)
     with torch.autocast(hidden_states.device.type, enabled=False):
         gate_up_low, down_low = adapted = low_ranks(routing, scalings, factors, needs_factors)
-        dW1, dW2 = (_no_gradient(W, routing) if n else None for W, n in ((W1, needs_W1), (W2, needs_W2)))
+        dT1, dT2 = (_no_gradient(T, routing) if n else None for T, n in ((T1, needs_T1), (T2, needs_T2)))
         x_NH, w_R, dx_NH = routing.inputs(hidden_states, top_k_weights)
         dy_NH, dw_R = grad_output.to(x_NH.dtype), torch.zeros_like(w_R[:, 0])
         for segment, gate_up, t, u in zip(routing.segments, saved[::3], saved[1::3], saved[2::3], strict=True):
@@ -108,8 +120,8 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, 
             h, d_gate_up = _gate_backward(experts, gate_up, (p * w).to(p.dtype))
             if needs_w:
                 dw_R[segment.rows] = (p * h).sum(-1, dtype=w.dtype)
-            if needs_W2:
-                _outer(dy, (h * w).to(h.dtype), segment.ends, out=dW2[segment.expert])
+            if _is_trained(dT2, segment):
+                _outer(dy, (h * w).to(h.dtype), segment.ends, out=dT2[segment.expert])
             if down_low and down_low.is_trained:
                 _set_factor_gradients(down_low, segment, (v * w).to(p.dtype), h, (u * w).to(p.dtype), dy)
             d_gate_up_rows = d_gate_up.contiguous()
@@ -117,14 +129,17 @@ def _backward(experts, routing, scalings, hidden_states, top_k_weights, W1, W2, 
             if needs_x:
                 segment.add_up(dx_NH, dx)
             trains_gate_up = gate_up_low is not None and gate_up_low.is_trained
-            x = segment.rows_of(x_NH) if needs_W1 or trains_gate_up else None
-            if needs_W1:
-                _outer(d_gate_up, x, segment.ends, out=dW1[segment.expert])
+            is_trained = _is_trained(dT1, segment)
+            x = segment.rows_of(x_NH) if is_trained or trains_gate_up else None
+            if is_trained:
+                _outer(d_gate_up, x, segment.ends, out=dT1[segment.expert])
             if trains_gate_up:
                 _set_factor_gradients(gate_up_low, segment, v, x, t, d_gate_up_rows)
         dw_NK = routing.of_pairs(dw_R)
+        dT1, dT2 = (dT if dT is None else dT.to(T.dtype) for dT, T in ((dT1, T1), (dT2, T2)))
         gradients = [gradient for low_rank in adapted if low_rank for gradient in low_rank.gradients()]
-        return dx_NH.to(hidden_states.dtype), dw_NK.to(top_k_weights.dtype), dW1, dW2, *gradients
+        dx_NH, dw_NK = dx_NH.to(hidden_states.dtype), dw_NK.to(top_k_weights.dtype)
+        return dx_NH, dw_NK, dT1, dT2, None, None, *gradients
 
 
 def _gate_backward(experts, gate_up, dh) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,11 +160,16 @@ def _gate_backward(experts, gate_up, dh) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _no_gradient(weight: torch.Tensor, routing: SortedRows) -> torch.Tensor:
-    """Room for the gradients of all experts; those of experts that serve nobody are zero already."""
-    gradient = empty_like(weight)
+    """Room for the gradients of all trained experts; those of experts that serve nobody are zero already."""
+    gradient = empty(weight.shape, routing.dtype, weight.device)
     for expert in routing.unserved:
-        gradient[expert].zero_()
+        if expert < len(gradient):
+            gradient[expert].zero_()
     return gradient
+
+
+def _is_trained(gradient: torch.Tensor | None, segment: Segment) -> bool:
+    return gradient is not None and (segment.ends is not None or segment.expert < len(gradient))
 
 
 def _set_factor_gradients(low_rank, segment: Segment, v, x, t, dy) -> None:
@@ -187,9 +207,8 @@ def _add_mm(y, t, weight, ends):
     return y.addmm_(t, weight) if ends is None else y.add_(F.grouped_mm(t, weight, offs=ends))
 
 
-def _outer(t, x, ends, out=None):
+def _outer(t, x, ends, out):
     """`t' x` of each expert's rows."""
     if ends is None:
         return torch.mm(t.mT.contiguous(), x, out=out)
-    product = F.grouped_mm(t.mT, x, offs=ends)
-    return product if out is None else out.copy_(product)
+    return out.copy_(F.grouped_mm(t.mT, x, offs=ends[: len(out)]))

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from ..quantized_weights import NF4Weight
 from .sorted_experts import sorted_experts
 
 _INTERFACE = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
@@ -15,8 +16,9 @@ def sorted_mm_experts_forward(
     """Weighted sum of each token's experts, `[N, H]`.
 
     On CPU no weight is copied and none rebuilt, frozen weights get no gradient, and what the backward pass needs is
-    the output of the gate and up projections only. On other devices, under `torch.compile`, and on weights that are
-    sharded or quantised, the name stands for transformers' `grouped_mm`, which is the same sum.
+    the output of the gate and up projections only; so it is with `NF4Weight` on every device. With other weights, on
+    other devices, under `torch.compile`, and on weights that are sharded or quantised otherwise, the name stands for
+    transformers' `grouped_mm`, which is the same sum.
 
     Args:
         experts: a module of transformers' experts interface, gated and without biases.
@@ -32,6 +34,8 @@ def sorted_mm_experts_forward(
             f'experts_implementation="sorted_mm": {type(experts).__name__} has {departure}; use "grouped_mm"'
         )
     weights = (experts.gate_up_proj, experts.down_proj)
+    if all(isinstance(weight, NF4Weight) for weight in weights):
+        return sorted_experts(experts, hidden_states, top_k_index, top_k_weights)
     is_plain = all(type(weight) in (nn.Parameter, torch.Tensor) for weight in weights)
     if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or not is_plain:
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)

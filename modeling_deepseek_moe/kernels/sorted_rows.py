@@ -34,16 +34,18 @@ class SortedRows:
         top_k_index: `[N, K]` expert ids; `num_experts` marks a slot that another rank serves.
         num_experts: E.
         dtype: of the experts' weights.
+        at_once: whether one product may take all experts, on devices that have it.
     """
 
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype):
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int, dtype: torch.dtype, at_once: bool = True):
         self.num_experts, self.dtype, self.shape = num_experts, dtype, top_k_index.shape
+        self.at_once = at_once and grouped(top_k_index.device)
         ids, pairs = top_k_index.flatten().sort(stable=True)
         every_id = torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
         ends = torch.searchsorted(ids, every_id, right=True, out_int32=True)
         self.few: torch.Tensor | None = None
         self.unserved: list[int] = []
-        if grouped(ids.device):
+        if self.at_once:
             self._one_segment(ids, pairs, ends)
         else:
             self._one_segment_an_expert(pairs, ends.tolist())
@@ -69,6 +71,7 @@ class SortedRows:
             torch.repeat_interleave(torch.tensor(values, dtype=torch.long), torch.tensor(sizes, dtype=torch.long))
             for values in ([starts[expert] for expert in served], counts)
         )
+        place, first, count = (tensor.to(pairs.device) for tensor in (place, first, count))
         self.is_real = place < count
         self.pairs = pairs.index_select(0, first + place.where(self.is_real, 0))
         tokens = (self.pairs // self.shape[1]).split(sizes)

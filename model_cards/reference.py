@@ -1,0 +1,196 @@
+"""Cards of the released models, written from their presets and `released.yaml`.
+
+python -m modeling_deepseek_moe.model_cards.reference [--output FOLDER]
+"""
+
+import argparse
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import yaml
+
+from modeling_deepseek_moe import DeepseekMoeConfig
+from modeling_deepseek_moe.checkpoint_layout import (
+    expected_tensors,
+    is_mtp_tensor,
+    is_redundant,
+    parameter_counts,
+)
+from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
+from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, released_json
+from modeling_deepseek_moe.quantized_weights import BITS
+
+FOLDER = Path(__file__).with_name("reference")
+_TEMPLATE = Path(__file__).with_name("reference.md.jinja")
+_DATA = Path(__file__).with_name("released.yaml")
+_STORED = {"bfloat16": "bfloat16", "fp8": "FP8 blocks of 128 x 128, the rest in bfloat16"}
+
+
+def released() -> dict[str, dict[str, Any]]:
+    """What `released.yaml` says of each card, by the name of its preset."""
+    data = yaml.safe_load(_DATA.read_text(encoding="utf-8"))
+    return {name: {**card, "paper": data["papers"][card["paper"]]} for name, card in data["cards"].items()}
+
+
+def reference_card(name: str) -> str:
+    """The card of a released model.
+
+    Args:
+        name: a key of `released()`.
+    """
+    card, config = released()[name], DeepseekMoeConfig.preset(name)
+    size = _sizes_of_shape(PRESET_OF_SIBLING.get(name, name))  # siblings have the same shapes
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=card["title"],
+        preset=name,
+        repositories=card["repositories"],
+        paper=card["paper"],
+        figures=card.get("figures", []),
+        notes=card.get("notes", []),
+        is_fp8=card["published_as"] == "fp8",
+        stored=_STORED[card["published_as"]],
+        sentence=f"{size.parameters / 1e9:.1f}B parameters, of which {size.active / 1e9:.1f}B work on a token: "
+        f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
+        + (f" and {config.n_shared_experts} shared." if config.n_shared_experts else "."),
+        facts=_facts(config, size),
+        weights=[(form, f"{count / 1e9:,.1f}") for form, count in size.bytes.items()],
+        cache=_cache(config),
+        elsewhere=_elsewhere(released_json(name)["model_type"]),
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the tensors of a model take.
+
+    Attributes:
+        parameters, active: as `parameter_counts` counts them.
+        mtp: parameters of the multi-token layers, without their copies of embedding and head.
+        bytes: of the weights without those layers, by the form they are in.
+    """
+
+    parameters: int
+    active: int
+    mtp: int
+    bytes: dict[str, int]
+
+
+def sizes(config: DeepseekMoeConfig) -> Sizes:
+    """Sizes of a model that would be published as FP8 blocks, bfloat16 or NF4."""
+    mtp, sizes = 0, {"bfloat16": 0.0, "FP8 blocks": 0.0, "NF4": 0.0}
+    for name, (shape, dtype) in expected_tensors(config, fp8=True).items():
+        count, is_scale, is_fp8 = math.prod(shape), name.endswith(SCALE_SUFFIX), dtype == torch.float8_e4m3fn
+        if is_mtp_tensor(name, config):
+            mtp += 0 if is_scale or is_redundant(name) else count
+            continue
+        sizes["FP8 blocks"] += count * dtype.itemsize
+        if not is_scale:
+            sizes["bfloat16"] += count * (torch.bfloat16 if is_fp8 else dtype).itemsize
+            sizes["NF4"] += count * (BITS / 8 if is_fp8 else dtype.itemsize)
+    return Sizes(*parameter_counts(config), mtp, {form: round(count) for form, count in sizes.items()})
+
+
+@functools.lru_cache
+def _sizes_of_shape(preset: str) -> Sizes:
+    return sizes(DeepseekMoeConfig.preset(preset))
+
+
+def cache_elements(config: DeepseekMoeConfig) -> int:
+    """Numbers that the cache holds for a token (FACTS 2.3): a latent and a rotary key a layer, or keys and values."""
+    if config.kv_lora_rank is None:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+def write_cards(folder: Path = FOLDER) -> list[Path]:
+    """Writes a file for each card; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in released():
+        paths.append(folder / f"{name}.md")
+        paths[-1].write_text(reference_card(name), encoding="utf-8")
+    return paths
+
+
+def _facts(config: DeepseekMoeConfig, size: Sizes) -> list[tuple[str, str]]:
+    dense, width = config.first_k_dense_replace, config.moe_intermediate_size
+    rows = [
+        ("parameters", f"{size.parameters:,}"),
+        ("active for a token", f"{size.active:,}"),
+        (
+            "layers",
+            f"{config.num_hidden_layers}, {'the first' if dense == 1 else f'the first {dense}'} without experts",
+        ),
+        ("hidden size", f"{config.hidden_size:,}; {config.intermediate_size:,} in the MLP of layers without experts"),
+        ("attention", _attention(config)),
+        ("experts", f"{config.n_routed_experts} routed and {config.n_shared_experts} shared, {width:,} wide"),
+        ("router", _router(config)),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("positions", _positions(config)),
+    ]
+    if config.num_nextn_predict_layers:
+        layers = config.num_nextn_predict_layers
+        rows.append(("multi-token prediction", f"{layers} layer more, {size.mtp:,} parameters"))
+    return rows
+
+
+def _attention(config: DeepseekMoeConfig) -> str:
+    heads = config.num_attention_heads
+    if config.kv_lora_rank is None:
+        return f"multi-head, {heads} heads of {config.head_dim}"
+    queries = f"compressed to {config.q_lora_rank:,}" if config.q_lora_rank else "not compressed"
+    return (
+        f"MLA, {heads} heads; keys of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} and values of "
+        f"{config.v_head_dim} out of a latent of {config.kv_lora_rank}; queries {queries}"
+    )
+
+
+def _router(config: DeepseekMoeConfig) -> str:
+    scores = "sigmoid scores with a selection bias" if config.topk_method == "noaux_tc" else "softmax scores"
+    groups = f" out of {config.topk_group} of {config.n_group} groups" if config.n_group > 1 else ""
+    scale = config.routed_scaling_factor
+    weights = "normalised" if config.norm_topk_prob else "as they are"
+    times = f", times {scale:g}" if scale != 1 else ""
+    return f"{scores}; the best {config.num_experts_per_tok}{groups}; weights {weights}{times}"
+
+
+def _positions(config: DeepseekMoeConfig) -> str:
+    rope, most = config.rope_parameters, f"{config.max_position_embeddings:,}"
+    if rope["rope_type"] != "yarn":
+        return f"{most}; theta {rope['rope_theta']:,.0f}"
+    original = rope["original_max_position_embeddings"]
+    return f"{most}, by YaRN of factor {rope['factor']:g} from {original:,}; theta {rope['rope_theta']:,.0f}"
+
+
+def _cache(config: DeepseekMoeConfig) -> str:
+    elements = cache_elements(config)
+    full = 2 * elements * config.max_position_embeddings
+    return (
+        f"The cache holds {elements:,} numbers a token: {2 * elements:,} bytes in bfloat16, {full / 1e9:.1f} GB for "
+        f"{config.max_position_embeddings:,} tokens."
+    )
+
+
+def _elsewhere(model_type: str) -> str:
+    if model_type in ("deepseek_v2", "deepseek_v3"):
+        return f"transformers has a class of its own for the type `{model_type}`, which `AutoModelForCausalLM` takes."
+    unknown = f"transformers does not know the type `{model_type}`."
+    return f"{unknown} Import this package, and `AutoModelForCausalLM` takes it."
+
+
+def main() -> None:
+    """Entry point of the module."""
+    parser = argparse.ArgumentParser(description="Writes the cards of the released models.")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for them")
+    for path in write_cards(parser.parse_args().output):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
