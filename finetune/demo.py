@@ -30,6 +30,7 @@ from . import demo_task, publish, train
 from .demo_task import Scores
 from .local_hub import LocalHub
 from .lora import known_warnings
+from .push import push_run
 from .recipe import load_recipe
 from .recipe_values import RecipeError
 
@@ -92,7 +93,7 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
             "the merged model", scores, "reloaded", logits, demo_task.first_logits(merged, tokenizer, items.held_out)
         )
 
-        address = publish.push(Path(run["saved_model"]), name, **access)
+        address = push_run(folder / "run", name, private=bool(hub_id), **access)
         answers, pulled_logits = ask_by_name(name, environment, folder / "pulled.safetensors")
         scores["pulled"] = demo_task.score(items.held_out, answers)
         check_same(f"{name} from the Hub", scores, "pulled", logits, pulled_logits)

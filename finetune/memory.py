@@ -214,7 +214,7 @@ def head_stage(config, base: nn.Module, shape: Shape) -> Stage:
 
     saved     norm; its output; in chunks: the states' gradient `[N, H]` in float32, and in float32 without autocast
               also the head's `[V, H]`; else log-probabilities `[N, V]` in float32
-    forward   logits of a chunk in the products' dtype and in float32, and those of the chunk before
+    forward   logits of a chunk in the products' dtype and in float32
     backward  in chunks: the same for the head's gradient; else two more `[N, V]`
     """
     tokens, hidden, vocabulary = shape.tokens, config.hidden_size, config.vocab_size
@@ -233,7 +233,7 @@ def head_stage(config, base: nn.Module, shape: Shape) -> Stage:
         return Stage("the loss", saved, logits * of_number, backward, gradients, cast * trains)
     chunk = min(logits, config.loss_chunk_bytes // FLOAT)
     saved += tokens * hidden * FLOAT
-    held = of_number + (FLOAT if shape.product == FLOAT else FLOAT - shape.product)
+    held = FLOAT + (shape.product if shape.product != FLOAT else 0)
     forward = cast + chunk * held
     adds_up = trains and shape.product == FLOAT
     if adds_up:

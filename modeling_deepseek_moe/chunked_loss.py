@@ -130,6 +130,7 @@ def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, d
                 hidden_grad[chosen] = (dlogits @ head).to(hidden_grad.dtype)
             if needs_weight:
                 weight_grad.addmm_(dlogits.T, states)
+            del logits, dlogits  # or they would be held while the next chunk's are made
     return losses.sum(), logsumexp, (hidden_grad, weight_grad)
 
 
@@ -152,6 +153,7 @@ def _weight_gradient(hidden_states, weight, positions, targets, logsumexp, scale
                 torch.mm(dlogits, states, out=gradient[start : start + entries])
             else:
                 gradient[start : start + entries] = dlogits @ states
+            del dlogits
     return gradient
 
 

@@ -183,11 +183,7 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         return f"{other[0]} is adapted too"
     for name in _WEIGHTS:
         weight = getattr(experts, name)
-        if (
-            type(weight) not in (nn.Parameter, torch.Tensor, NF4Weight)
-            or weight.ndim != 3
-            or weight.dtype not in _DTYPES
-        ):
+        if type(weight) not in _KINDS or weight.ndim != 3 or weight.dtype not in _DTYPES:
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
     for module in (*chain[1:], experts):
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -1,9 +1,11 @@
-"""ESFT's intent data on the demo's base: exact match before and after `lora_all` and `esft_token`.
+"""ESFT's intent data on a small base: exact match before and after `lora_all` and `esft_token`.
 
     python tests/benchmarks/intent.py INTENT.jsonl --scratch DIR [--steps 1200]
 
 INTENT.jsonl is `datasets/train/intent.jsonl` of deepseek-ai/ESFT, which is not shipped here. 500 of its rows are held
-out. A run that was stopped goes on. Writes intent.json, intent.md and intent.png to tests/benchmarks/results.
+out. The demo's base never saw Chinese, so it reads the other rows' sentences first, each twice in a row, without its
+answer (`continue_pretraining`); that is the base of both recipes. A run that was stopped goes on. Writes intent.json,
+intent.md and intent.png to tests/benchmarks/results.
 """
 
 import argparse
@@ -16,14 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from modeling_deepseek_moe.finetune.demo import base_folder
+
 HERE = Path(__file__).parent
-RATES = {"lora_all": 3e-3, "esft_token": 2e-3, "full": 2e-3}
+RATES = {"continue_pretraining": 2e-3, "lora_all": 6e-3, "esft_token": 4e-3}
 SETTINGS = {
     "max_length": 384,
     "dtype": "float32",
     "gradient_checkpointing": False,
-    "metric": str(HERE / "intent_match.py"),
-    "metric_rows": 500,
     "training.per_device_train_batch_size": 16,
     "training.per_device_eval_batch_size": 50,
     "training.gradient_accumulation_steps": 1,
@@ -43,13 +45,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--reading-steps", type=int, default=1200)
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other, one thread each")
     parser.add_argument("--recipes", nargs="+", choices=RATES, default=["lora_all", "esft_token"])
     parser.add_argument("--output", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    files = split(arguments.data, arguments.scratch)
+    scratch = arguments.scratch
+    files = split(arguments.data, scratch)
+    reads = {"packing": False, "eval_data": str(files["held_out_sentences"]), "data": str(files["sentences"])}
+    run("continue_pretraining", base_folder(), reads, scratch, arguments.reading_steps)
+    base = scratch / f"continue_pretraining-{arguments.reading_steps}" / "model"
+    learns = {"metric": str(HERE / "intent_match.py"), "metric_rows": 500}
+    learns |= {"data": str(files["train"]), "eval_data": str(files["held_out"])}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = list(pool.map(lambda name: run(name, files, arguments.scratch, arguments.steps), arguments.recipes))
+        runs = list(pool.map(lambda name: run(name, base, learns, scratch, arguments.steps), arguments.recipes))
     write(dict(zip(arguments.recipes, runs, strict=True)), arguments.output)
     print((arguments.output / "intent.md").read_text(encoding="utf-8"))
 
@@ -59,25 +68,21 @@ def split(data: Path, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rows = data.read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(rows)
-    files = {name: folder / f"{name}.jsonl" for name in ("train", "held_out")}
-    files["held_out"].write_text("".join(rows[:500]), encoding="utf-8")
-    files["train"].write_text("".join(rows[500:]), encoding="utf-8")
+    parts = {"train": rows[500:], "held_out": rows[:500]}
+    for name, text in (("sentences", rows[500:]), ("held_out_sentences", rows[:500])):
+        sentences = [json.loads(row)["messages"][0]["content"].partition("： ")[2].partition("\n")[0] for row in text]
+        parts[name] = [json.dumps({"text": f"{sentence}\n{sentence}"}) + "\n" for sentence in sentences]
+    files = {name: folder / f"{name}.jsonl" for name in parts}
+    for name, lines in parts.items():
+        files[name].write_text("".join(lines), encoding="utf-8")
     return files
 
 
-def run(recipe: str, files: dict[str, Path], scratch: Path, steps: int) -> dict[str, Any]:
+def run(recipe: str, model: Path, keys: dict[str, Any], scratch: Path, steps: int) -> dict[str, Any]:
     """Fine-tune as a user would; returns the summary and the history of the losses."""
-    from modeling_deepseek_moe.finetune.demo import base_folder
-
     folder = scratch / f"{recipe}-{steps}"
-    settings = SETTINGS | {
-        "model": str(base_folder()),
-        "data": str(files["train"]),
-        "eval_data": str(files["held_out"]),
-        "output_dir": str(folder),
-        "training.max_steps": steps,
-        "training.learning_rate": RATES[recipe],
-    }
+    settings = {"model": str(model), "output_dir": str(folder), "training.max_steps": steps}
+    settings |= SETTINGS | keys | {"training.learning_rate": RATES[recipe]}
     if not (folder / "summary.json").is_file():
         command = [sys.executable, "-m", "modeling_deepseek_moe.cli", "finetune", recipe]
         command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
