@@ -109,7 +109,10 @@ class Bench:
             }
             for number, recipe in enumerate(recipes)
         }
-        return {"base": self.base_scores(), "steps": self.steps, "batch": BATCH, "recipes": rows}
+        base = self.base_scores()
+        if "dpo" not in recipes:
+            base.pop("before dpo", None)
+        return {"base": base, "steps": self.steps, "batch": BATCH, "recipes": rows}
 
     def all(self, wanted: Iterable[tuple[str, float, int]]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(self.jobs) as pool:
