@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
+from one_rank import under_ddp
 from tiny import tiny_ids, tiny_model, v1_config
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from modeling_deepseek_moe.causal_lm_output import DeepseekMoeCausalLMOutput, DeferredLogits
@@ -173,13 +173,12 @@ def test_a_step_under_ddp_has_the_gradients_of_one_without(find_unused, tmp_path
     ids = tiny_ids(expected.config)
     expected(ids, labels=ids).loss.backward()
     model = training_model()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
+
+    def step(wrapped) -> None:
         outputs = wrapped(ids, labels=ids)
         assert not is_computed(dict(outputs.items())["logits"])
         outputs.loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+
+    under_ddp(tmp_path, model, step, find_unused_parameters=find_unused)
     for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)

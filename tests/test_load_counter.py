@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from one_rank import under_ddp
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIG_OF_LINEAGE, tiny_ids, tiny_model, v1_config, v2_config, v3_config
-from torch.nn.parallel import DistributedDataParallel
 
 from modeling_deepseek_moe.finetune.load_counter import LoadCounter
 from modeling_deepseek_moe.finetune.lora import WORDS, known_warnings, lora_config
@@ -183,15 +183,14 @@ def test_ddp_around_the_model_changes_no_count(tmp_path):
     plain = LoadCounter(model)
     model(ids, labels=ids)
     expected = plain.take()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model)
+
+    def counted(wrapped) -> torch.Tensor:
         counter = LoadCounter(wrapped)
         wrapped(ids, labels=ids).loss.backward()
         assert list(counter.blocks) == [1, 2, 3]
-        assert torch.equal(counter.take(), expected)
-    finally:
-        torch.distributed.destroy_process_group()
+        return counter.take()
+
+    assert torch.equal(under_ddp(tmp_path, model, counted), expected)
 
 
 def test_removing_takes_every_hook_off_and_keeps_what_was_counted():
