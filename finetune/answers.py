@@ -99,6 +99,17 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return first[0] if first and first[0] in special else None
 
 
+def counting_bar() -> Progress:
+    """A bar for each task that counts what is done, and the time left."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,14 +145,8 @@ def generate_answers(
     answers = [""] * len(questions)
     was_training = model.training
     model.eval()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress, torch.inference_mode():
+        with counting_bar() as progress, torch.inference_mode():
             task = progress.add_task(title, total=len(questions))
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]

@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from .esft_experts import is_specialized
 from .recipe import Recipe
 from .recipe_values import RecipeError
+from .tuned_model import trains_adapter
 
 # What the optimizer keeps for each trained weight, in its size; two where not named, as Adam does.
 _STATES = {"sgd": 0, "adafactor": 1, "adagrad": 1, "rmsprop": 1}
@@ -18,7 +17,7 @@ _STATES = {"sgd": 0, "adafactor": 1, "adagrad": 1, "rmsprop": 1}
 def checkpoint_bytes(trainer: Trainer) -> int:
     """What one checkpoint takes: the weights it holds, and the optimizer's state."""
     trained = _bytes(trainer.model, trained=True)
-    weights = trained if _is_adapted(trainer.model) else _bytes(trainer.model)
+    weights = trained if trains_adapter(trainer.model) else _bytes(trainer.model)
     optimizer = trainer.args.optim
     states = 0 if trainer.args.save_only_model else _STATES.get(getattr(optimizer, "value", optimizer), 2)
     return weights + states * trained
@@ -34,7 +33,7 @@ def check_room(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
         count = max(arguments.save_total_limit, 2 if arguments.load_best_model_at_end else 1) + 1
     else:
         count = 2  # without a limit nobody can say; at least these
-    adapted = _is_adapted(trainer.model)
+    adapted = trains_adapter(trainer.model)
     results = _bytes(trainer.model, trained=True) if adapted else 0
     results += _bytes(trainer.model) if recipe.merge or not adapted else 0
     needed = count * checkpoint + results
@@ -51,11 +50,6 @@ def check_room(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
 def is_full(folder: Path, checkpoint: int) -> bool:
     """Whether there is less room left than one checkpoint takes."""
     return shutil.disk_usage(folder).free < checkpoint
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    """Whether checkpoints hold only what is trained."""
-    return isinstance(model, PeftModel) or is_specialized(model)
 
 
 def _bytes(model: nn.Module, trained: bool = False) -> int:

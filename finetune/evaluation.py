@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import load_for_use, put_adapter
-from .answers import Question, generate_answers, questions_of, text_of
+from .answers import Question, counting_bar, generate_answers, questions_of, text_of
 from .harness import load_tasks, run_tasks
 from .metric_scripts import find_metric, score_answers
 from .perplexity import read_text, score_text
@@ -198,8 +197,7 @@ def _measure_both(
 def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: _Plan, title: str) -> _Measured:
     scores, answers = {}, []
     if plan.text is not None:
-        columns = (*(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with counting_bar() as progress:
             task = progress.add_task(f"{title}windows", total=None)
             found = score_text(
                 model,

@@ -168,14 +168,6 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def cache_bytes(config: DeepseekMoeConfig) -> int:
-    """What generation keeps of one token, in half precision: in each layer the latent and the rotary key, or keys and
-    values of every head."""
-    latent = config.kv_lora_rank
-    width = latent + config.qk_rope_head_dim if latent else 2 * config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * width
-
-
 def changed(recipe: Recipe, **values: Any) -> Recipe:
     """The recipe with other values; keys of sections with `__` in place of the dot.
 

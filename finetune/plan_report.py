@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from modeling_deepseek_moe.latent_cache import cache_elements
+
 from .memory import Plan
 from .plan import (
     GIB,
@@ -14,7 +16,6 @@ from .plan import (
     MOST_ROWS,
     MOST_TOKENS,
     advise,
-    cache_bytes,
     can_shard,
     changed,
     find_config,
@@ -86,7 +87,7 @@ def plan_facts(
         "estimates": need.estimates,
         "total": need.total,
         "moment": memory.moment,
-        "cache_bytes_per_token": cache_bytes(config),
+        "cache_bytes_per_token": 2 * cache_elements(config),  # in half precision
         "is_sharded": gpus > 1 and can_shard(plan),
     }
     if available is None:

@@ -188,7 +188,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "`merge` is true but there are no adapters to merge: set `lora.targets` or an `esft` key, or merge: false"
         )
-    if recipe.bias_update_speed and recipe.lora and not recipe.merge:
+    saves_no_bias = recipe.lora or (recipe.esft and not recipe.esft.get("non_expert_modules"))
+    if recipe.bias_update_speed and saves_no_bias and not recipe.merge:
         raise RecipeError(
             "`bias_update_speed` moves the routers' bias, which an adapter does not carry: set it to 0 to freeze the "
             "bias, or set merge: true to save the model that has it"

@@ -95,11 +95,6 @@ def check_esft(recipe: Any) -> None:
     for key in ("fsdp", "deepspeed"):
         if recipe.training.get(key):
             raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
-    if recipe.bias_update_speed and not recipe.merge and not options.non_expert_modules:
-        raise RecipeError(
-            "`bias_update_speed` moves the routers' bias, which the adapter does not carry: set it to 0 to freeze the "
-            "bias, or set merge: true to save the model that has it"
-        )
 
 
 def section_hints(used: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -17,6 +16,7 @@ from .esft_adapter import save_esft_adapter
 from .esft_experts import is_specialized, release
 from .recipe import Recipe
 from .run_folder import aside
+from .tuned_model import trains_adapter
 
 
 def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
@@ -25,7 +25,7 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, f
     # Training runs without a cache, and the Trainer says so in the config; whoever loads the result wants one.
     model.config.use_cache = True
     saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
-    if isinstance(model, PeftModel) or is_specialized(model):
+    if trains_adapter(model):
         with aside(folder / "adapter") as path:
             save_esft_adapter(model, path) if is_specialized(model) else model.save_pretrained(path)
             tokenizer.save_pretrained(path)

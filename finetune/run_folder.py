@@ -27,8 +27,8 @@ from .recipe_values import RecipeError
 
 _RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
 _OURS = re.compile(
-    r"recipe\.yaml|data(?:_report)?\.json|data|checkpoint-\d+|before\.json|metric_before\.json|adapter|model|expert_(?:cfg|scores)\.json|bad_batch\.json|loss\.png|experts\.(?:png|json)|summary\.json|"
-    r"trainer_state\.json|.+\.aside"
+    r"recipe\.yaml|data|checkpoint-\d+|adapter|model|loss\.png|experts\.(?:png|json)|.+\.aside|"
+    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch|summary|trainer_state)\.json"
 )
 MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
 

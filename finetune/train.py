@@ -180,9 +180,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
     given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
     # transformers 5.23 renamed it.
-    checkpointing = (
-        f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
-    )
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
     if recipe.gradient_checkpointing:
         given[f"{checkpointing}_kwargs"] = {"use_reentrant": False}

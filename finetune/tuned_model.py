@@ -1,10 +1,12 @@
 """The model that a recipe names, with the part of it that is to be trained."""
 
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
+from .esft_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
 from .recipe import Recipe
@@ -34,6 +36,11 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"{len(tokenizer)} tokens: they do not belong together"
         )
     return model, tokenizer
+
+
+def trains_adapter(model: nn.Module) -> bool:
+    """Whether only a part of the model is trained, which is saved apart from it: LoRA, or ESFT's experts."""
+    return isinstance(model, PeftModel) or is_specialized(model)
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:

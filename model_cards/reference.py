@@ -22,6 +22,7 @@ from modeling_deepseek_moe.checkpoint_layout import (
     parameter_counts,
 )
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
+from modeling_deepseek_moe.latent_cache import cache_elements
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, released_json
 from modeling_deepseek_moe.quantized_weights import BITS
 
@@ -99,13 +100,6 @@ def sizes(config: DeepseekMoeConfig) -> Sizes:
 @functools.lru_cache
 def _sizes_of_shape(preset: str) -> Sizes:
     return sizes(DeepseekMoeConfig.preset(preset))
-
-
-def cache_elements(config: DeepseekMoeConfig) -> int:
-    """Numbers that the cache holds for a token (FACTS 2.3): a latent and a rotary key a layer, or keys and values."""
-    if config.kv_lora_rank is None:
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def write_cards(folder: Path = FOLDER) -> list[Path]:

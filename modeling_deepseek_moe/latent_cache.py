@@ -66,3 +66,10 @@ def use_growing_layers(cache: Cache | None) -> Cache | None:
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer()
     return cache
+
+
+def cache_elements(config) -> int:
+    """Numbers that the cache holds for a token (FACTS 2.3): a latent and a rotary key a layer, or keys and values."""
+    if config.kv_lora_rank is None:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)

@@ -1,15 +1,17 @@
 """Settings shared by all tests."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_folders import tensors_of, written
 from convert_folders import bf16_tensors, fp8_folder, ragged_json, sharded
 from dense_folders import dense_folder, upcycled
-from tiny import JSON_OF_LINEAGE, tiny_model, v3_config
+from huggingface_hub import HfApi
+from tiny import JSON_OF_LINEAGE, tiny_config, tiny_model, v3_config
 
 
 def pytest_configure(config) -> None:
@@ -68,3 +70,61 @@ def metric_cache(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
         yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny V3-style model with the tiny tokenizer."""
+    from tiny_run import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def go(tmp_path, base) -> Callable[..., dict[str, Any]]:
+    """Run a recipe of a few steps, with keys set differently."""
+    from tiny_run import tiny_values
+
+    from modeling_deepseek_moe.finetune import train
+    from modeling_deepseek_moe.finetune.recipe import make_recipe
+
+    return lambda **overrides: train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
+
+
+@pytest.fixture(name="sharded")
+def model_in_three_files(tmp_path) -> Path:
+    """One that is not of a run."""
+    from tiny_run import tiny_tokenizer
+
+    tiny_model(tiny_config("v3")).save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Any]:
+    """A local Hub that takes large files by git-LFS."""
+    from modeling_deepseek_moe.finetune.local_hub import LocalHub
+
+    # The client reads it from the environment when it is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with LocalHub(tmp_path / "hub", lfs=True) as hub:
+        yield hub
+
+
+@pytest.fixture
+def push(hub) -> Callable[..., str]:
+    """`push_run` to it."""
+    from tiny_run import HUB_TOKEN
+
+    from modeling_deepseek_moe.finetune.push import push_run
+
+    return lambda run, to, **options: push_run(run, to, endpoint=hub.endpoint, token=HUB_TOKEN, **options)
+
+
+@pytest.fixture
+def api(hub) -> HfApi:
+    from tiny_run import HUB_TOKEN
+
+    return HfApi(endpoint=hub.endpoint, token=HUB_TOKEN)

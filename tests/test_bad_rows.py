@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_run import TEMPLATE, counting_rows, stop_at, tiny_base, tiny_tokenizer, tiny_values, write_jsonl
+from tiny_run import TEMPLATE, counting_rows, stopped_at, tiny_base, tiny_tokenizer, tiny_values, write_jsonl
 
 from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.chat_rows import IGNORED, encode
@@ -152,14 +152,12 @@ def test_a_role_that_the_template_writes_is_no_unknown_role():
         encode(row, tiny_tokenizer(STRICT), 64)
 
 
-def test_a_run_reports_its_rows_in_its_folder_and_keeps_the_report_when_resumed(tmp_path, monkeypatch):
+def test_a_run_reports_its_rows_in_its_folder_and_keeps_the_report_when_resumed(tmp_path):
     values = tiny_values(tmp_path, tiny_base(tmp_path / "base"), bad_rows="skip")
     rows = [*counting_rows("prompt"), {"prompt": "w1"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(make_recipe(values))
+    with stopped_at(3):
+        train.run(make_recipe(values))
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
     summary = train.run(make_recipe(values))
     assert summary["resumed_from"] == "checkpoint-2"

@@ -22,11 +22,6 @@ QUESTIONS = [" ".join(WORDS[start : start + 4]) for start in (0, 31, 7, 55)]
 FORGETFUL = "{{ bos_token }} <user> {{ messages[-1].content }} <bot>"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
 def talk(*lines, options=()):
     """`deepseek-moe chat` with lines from a pipe."""
     return lambda base: CliRunner().invoke(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_run import stop_at, tiny_base, tiny_tokenizer, tiny_values, write_jsonl
+from tiny_run import stopped_at, tiny_tokenizer, tiny_values, write_jsonl
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
@@ -17,11 +17,6 @@ from modeling_deepseek_moe.finetune.row_report import RowError
 
 USER = {"role": "user", "content": "w1 w2"}
 CHOSEN, REJECTED = ({"role": "assistant", "content": content} for content in ("w3 w4", "w5"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def pairs(count=24):
@@ -105,12 +100,10 @@ def test_a_row_that_prefers_nothing_is_told_by_its_reason(row, reason):
     assert caught.value.reason == reason
 
 
-def test_a_stopped_run_with_adapters_ends_as_if_it_had_not_been(tmp_path, base, monkeypatch):
+def test_a_stopped_run_with_adapters_ends_as_if_it_had_not_been(tmp_path, base):
     at_once = train.run(recipe_of(tmp_path / "a", base))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt, match="checkpoint-2 is saved"):
-            train.run(recipe_of(tmp_path / "b", base))
+    with stopped_at(3, "checkpoint-2 is saved"):
+        train.run(recipe_of(tmp_path / "b", base))
     in_two = train.run(recipe_of(tmp_path / "b", base))
     assert in_two["resumed_from"] == "checkpoint-2"
     one, other = (load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in "ab")

@@ -8,7 +8,7 @@ import torch
 from checkpoint_folders import assert_bit_equal, tensors_of
 from test_train import full
 from tiny import tiny_config, tiny_ids, tiny_model
-from tiny_run import stop_at, tiny_base, tiny_values
+from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion.convert import convert
@@ -141,11 +141,6 @@ def test_steps_too_small_for_bfloat16_add_up():
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01), atol=2e-3, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
 def go(tmp_path, base):
     """Run an ESFT recipe of a few steps, with keys set differently."""
@@ -216,10 +211,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(go, tmp_path, monkeypatch
     best = {"training.load_best_model_at_end": True, "training.eval_strategy": "steps", "training.eval_steps": 2}
     best |= {"bias_update_speed": 0.01, "merge": True}
     at_once = go("a", **best)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt, match=r"checkpoint-2 is saved"):
-            go("b", **best)
+    with stopped_at(3, r"checkpoint-2 is saved"):
+        go("b", **best)
     monkeypatch.setattr(
         "modeling_deepseek_moe.finetune.esft_run.score_rows", lambda *_: pytest.fail("the rows are scored again")
     )

@@ -15,21 +15,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
+from tiny_run import HUB_TOKEN
 
 from modeling_deepseek_moe.finetune.local_hub import LocalHub
-
-TOKEN = "hf_secretsecretsecret"
 
 
 @pytest.fixture
 def hub(tmp_path):
     with LocalHub(tmp_path / "hub") as hub:
         yield hub
-
-
-@pytest.fixture
-def api(hub):
-    return HfApi(endpoint=hub.endpoint, token=TOKEN)
 
 
 @pytest.fixture
@@ -188,7 +182,7 @@ def test_a_commit_cannot_write_out_of_the_folder(hub, api, tmp_path):
     api.create_repo("me/model")
     body = b'{"key": "file", "value": {"path": "../../escaped", "content": "eA=="}}'
     request = urllib.request.Request(
-        f"{hub.endpoint}/api/models/me/model/commit/main", body, {"Authorization": f"Bearer {TOKEN}"}
+        f"{hub.endpoint}/api/models/me/model/commit/main", body, {"Authorization": f"Bearer {HUB_TOKEN}"}
     )
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
@@ -216,5 +210,5 @@ def test_the_token_is_neither_printed_nor_kept(api, folder, tmp_path, capfd):
     api.create_repo("me/model", private=True)
     api.upload_folder(repo_id="me/model", folder_path=folder)
     out, err = capfd.readouterr()
-    assert TOKEN not in out + err
-    assert not any(TOKEN.encode() in data for data in contents(tmp_path / "hub").values())
+    assert HUB_TOKEN not in out + err
+    assert not any(HUB_TOKEN.encode() in data for data in contents(tmp_path / "hub").values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_config, tiny_model
-from tiny_run import stop_at, tiny_base, tiny_tokenizer, tiny_values
+from tiny_run import stopped_at, tiny_base, tiny_tokenizer, tiny_values
 
 from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.chat_rows import IGNORED
@@ -98,7 +98,7 @@ def test_rows_to_measure_on_are_not_packed(tmp_path):
     assert len(rows.train) == 5 and "position_ids" in rows.train.column_names  # 18 rows of 7 tokens, four in 32
 
 
-def test_a_stopped_packed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_stopped_packed_run_ends_as_if_it_had_not_been(tmp_path):
     base = tiny_base(tmp_path / "base")
 
     def recipe(folder):
@@ -107,10 +107,8 @@ def test_a_stopped_packed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
         return make_recipe(values | {"training.per_device_train_batch_size": 2, "training.max_steps": 4})
 
     at_once = train.run(recipe("a"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(recipe("b"))
+    with stopped_at(3):
+        train.run(recipe("b"))
     in_two = train.run(recipe("b"))
     same = ("steps", "train_loss", "eval_loss_before", "eval_loss_after", "train_rows", "packed_into")
     assert in_two["resumed_from"] == "checkpoint-2"

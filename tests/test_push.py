@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from tiny import tiny_config, tiny_ids, tiny_model
-from tiny_run import tiny_base, tiny_tokenizer, tiny_values
+from tiny import tiny_ids
+from tiny_run import HUB_TOKEN, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
-from modeling_deepseek_moe.finetune.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.lora import lora_config
 from modeling_deepseek_moe.finetune.publish import RECORD
-from modeling_deepseek_moe.finetune.push import push_run
 from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
-
-TOKEN = "hf_secretsecretsecret"
 
 # Without the package first, then with it: the logits of what each repository holds.
 LOADED_BY_NAME = """
@@ -67,36 +63,6 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture
-def sharded(tmp_path) -> Path:
-    """A model in three files, not of a run."""
-    tiny_model(tiny_config("v3")).save_pretrained(tmp_path / "model", max_shard_size="200KB")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    # The client reads it from the environment when it is imported.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    with LocalHub(tmp_path / "hub", lfs=True) as hub:
-        yield hub
-
-
-@pytest.fixture
-def push(hub):
-    def push(run, to, **options):
-        return push_run(run, to, endpoint=hub.endpoint, token=TOKEN, **options)
-
-    return push
-
-
-@pytest.fixture
-def api(hub):
-    return HfApi(endpoint=hub.endpoint, token=TOKEN)
-
-
 @pytest.fixture(scope="module")
 def expected(run):
     """Token ids, and the logits of base and adapter."""
@@ -123,13 +89,13 @@ def test_every_kind_loads_by_its_name_and_computes_what_was_trained(run, hub, pu
         assert push(run, f"me/{name}", **options) == f"{hub.endpoint}/me/{name}"
     printed = capsys.readouterr().out
     assert 'load_adapter(model, "me/adapter")' in printed and "trust_remote_code=True" in printed
-    assert "adapter_model.safetensors" in printed and "kB" in printed and TOKEN not in printed
+    assert "adapter_model.safetensors" in printed and "kB" in printed and HUB_TOKEN not in printed
 
     ids, adapted = expected
     torch.save(ids, tmp_path / "ids.pt")
     done = subprocess.run(
         [sys.executable, "-c", LOADED_BY_NAME, str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")],
-        env={**hub.environment(tmp_path / "home"), "HF_TOKEN": TOKEN},  # they are private
+        env={**hub.environment(tmp_path / "home"), "HF_TOKEN": HUB_TOKEN},  # they are private
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -3,54 +3,18 @@
 import os
 import traceback
 from http import HTTPStatus
-from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_model
-from tiny_run import tiny_tokenizer
+from tiny_run import HUB_TOKEN
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.finetune.hub_store import Blobs, HubError
-from modeling_deepseek_moe.finetune.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.publish import RECORD, without_secrets
 from modeling_deepseek_moe.finetune.push import push_run
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
-
-TOKEN = "hf_secretsecretsecret"
-
-
-@pytest.fixture
-def sharded(tmp_path) -> Path:
-    """A model in three files, not of a run."""
-    tiny_model(tiny_config("v3")).save_pretrained(tmp_path / "model", max_shard_size="200KB")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    # The client reads it from the environment when it is imported.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    with LocalHub(tmp_path / "hub", lfs=True) as hub:
-        yield hub
-
-
-@pytest.fixture
-def push(hub):
-    def push(run, to, **options):
-        return push_run(run, to, endpoint=hub.endpoint, token=TOKEN, **options)
-
-    return push
-
-
-@pytest.fixture
-def api(hub):
-    return HfApi(endpoint=hub.endpoint, token=TOKEN)
 
 
 class Uploads:
@@ -108,14 +72,14 @@ def test_what_the_hub_refuses_is_not_tried_again(sharded, push, monkeypatch):
 
 def test_no_token_is_printed_when_the_hub_repeats_it(sharded, hub, monkeypatch):
     def add_stream(blobs, sha256, pieces):
-        raise HubError(HTTPStatus.FORBIDDEN, "Forbidden", f"{TOKEN} may not write, nor may hf_anotheronehere42")
+        raise HubError(HTTPStatus.FORBIDDEN, "Forbidden", f"{HUB_TOKEN} may not write, nor may hf_anotheronehere42")
 
     monkeypatch.setattr(Blobs, "add_stream", add_stream)
     with pytest.raises(RecipeError) as caught:
-        push_run(sharded, "me/model", endpoint=hub.endpoint, token=TOKEN)
+        push_run(sharded, "me/model", endpoint=hub.endpoint, token=HUB_TOKEN)
     shown = "".join(traceback.format_exception(caught.value))
     assert "may not write" in shown
-    assert TOKEN not in shown and "anotherone" not in shown
+    assert HUB_TOKEN not in shown and "anotherone" not in shown
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import tiny_base, tiny_values
+from tiny_run import tiny_values
 from transformers import TrainerCallback
 
 from modeling_deepseek_moe.finetune import train
@@ -17,19 +17,6 @@ from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def go(tmp_path, base):
-    def go(**overrides):
-        return train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
-
-    return go
 
 
 def spoil(monkeypatch, step, where):

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_ids
-from tiny_run import counting_rows, stop_at, tiny_base, tiny_values, write_jsonl
+from tiny_run import counting_rows, stopped_at, tiny_base, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
@@ -22,21 +22,6 @@ from modeling_deepseek_moe.finetune import publish, train
 from modeling_deepseek_moe.finetune.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def go(tmp_path, base):
-    """Run a recipe of a few steps, with keys set differently."""
-
-    def go(**overrides):
-        return train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
-
-    return go
 
 
 def full(values):
@@ -96,17 +81,15 @@ def test_without_targets_every_weight_is_trained(tmp_path, base):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole model"])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, monkeypatch, whole):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, whole):
     def recipe(folder, **overrides):
         (tmp_path / folder).mkdir(exist_ok=True)
         values = tiny_values(tmp_path / folder, base, **overrides)
         return make_recipe(full(values) if whole else values)
 
     at_once = train.run(recipe("a"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt, match=r"checkpoint-2 is saved; the same command goes on from there"):
-            train.run(recipe("b"))
+    with stopped_at(3, r"checkpoint-2 is saved; the same command goes on from there"):
+        train.run(recipe("b"))
     in_two = train.run(recipe("b"))
     assert (at_once["resumed_from"], in_two["resumed_from"]) == (None, "checkpoint-2")
     result = "model" if whole else "adapter"
@@ -115,17 +98,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, monkeypat
     assert [at_once[key] for key in same] == [in_two[key] for key in same]
 
 
-def test_a_stop_before_the_first_checkpoint_says_so(go, monkeypatch):
-    stop_at(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt, match="no checkpoint was written yet"):
+def test_a_stop_before_the_first_checkpoint_says_so(go):
+    with stopped_at(1, "no checkpoint was written yet"):
         go()
 
 
-def test_a_half_written_checkpoint_is_not_resumed_from(go, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is saved"):
-            go()
+def test_a_half_written_checkpoint_is_not_resumed_from(go, tmp_path):
+    with stopped_at(5, "checkpoint-4 is saved"):
+        go()
     newest = tmp_path / "run" / "checkpoint-4"
     (newest / "complete").unlink()
     (newest / "optimizer.pt").write_bytes(b"cut off")

@@ -5,17 +5,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tiny_run import stop_at, tiny_base, tiny_values
+from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def values(folder, base, **overrides):
@@ -28,15 +23,13 @@ def biases(folder) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in buffers if name.endswith("e_score_correction_bias")}
 
 
-def test_adapters_with_a_moving_bias_end_in_a_merged_model_that_has_it(tmp_path, base, monkeypatch):
+def test_adapters_with_a_moving_bias_end_in_a_merged_model_that_has_it(tmp_path, base):
     """Also when the run was stopped: its checkpoints hold the biases that PEFT's do not."""
     moving = {"merge": True, "bias_update_speed": 0.01}
     train.run(make_recipe(values(tmp_path / "at_once", base, **moving)))
     stopped = make_recipe(values(tmp_path / "in_two", base, **moving))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(KeyboardInterrupt, match="checkpoint-4"):
-            train.run(stopped)
+    with stopped_at(5, "checkpoint-4"):
+        train.run(stopped)
     train.run(stopped)
     before = biases(base)
     at_once, in_two = (biases(tmp_path / name / "run" / "model") for name in ("at_once", "in_two"))

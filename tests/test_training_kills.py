@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import tiny_base, tiny_values
+from tiny_run import tiny_values
 from training_kills import KilledTraining
 
 # Everything that a step can depend on: dropout's random numbers, warm-up and decay of the learning rate, gradient
@@ -29,11 +29,6 @@ KINDS = {
     "adapters": {"lora.targets": ["attention"], "lora.lora_dropout": 0.2, "merge": True},
     "whole model": {"lora.targets": []},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def kill_often(folder, base, kills: int, seed: int) -> None:

@@ -1,15 +1,19 @@
 """A tiny tokenizer, base model and data file for the fine-tuning tests; nothing is downloaded."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from modeling_deepseek_moe.finetune.trainer import Finishes
 
+HUB_TOKEN = "hf_secretsecretsecret"  # of a local Hub, which takes any
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<user>", "<bot>"]
 WORDS = [f"w{number}" for number in range(80)]
 TEMPLATE = (
@@ -88,11 +92,14 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def stop_at(monkeypatch, step):
-    """Let every run stop as by Ctrl-C after `step` steps."""
+@contextlib.contextmanager
+def stopped_at(step: int, saying: str = "") -> Iterator[None]:
+    """Every run in it is stopped as by Ctrl-C after `step` steps, and ends by a KeyboardInterrupt that says so."""
     real = Finishes.__init__
 
     def patched(self, *args, callbacks, **kwargs):
         real(self, *args, callbacks=[*callbacks, StopAt(step)], **kwargs)
 
-    monkeypatch.setattr(Finishes, "__init__", patched)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match=saying):
+        patch.setattr(Finishes, "__init__", patched)
+        yield
