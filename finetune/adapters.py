@@ -9,10 +9,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.conversion.esft import ESFT_CONFIG
 from modeling_deepseek_moe.expert_lora import load_adapter
 
-from .esft_adapter import load_esft_adapter
+from .esft_adapter import esft_folder, load_esft_adapter
 from .lora import known_warnings
 from .recipe import make_recipe
 from .recipe_values import RecipeError
@@ -47,15 +46,15 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
     """The model with an adapter in place.
 
     Args:
-        adapter: folder or Hub name of a LoRA adapter, or folder of an ESFT adapter.
+        adapter: folder or Hub name of a LoRA or ESFT adapter.
 
     Raises:
         RecipeError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
     """
     adapter = os.fspath(adapter)
-    if (Path(adapter) / ESFT_CONFIG).is_file():
+    if folder := esft_folder(adapter):
         try:
-            return load_esft_adapter(model, adapter)
+            return load_esft_adapter(model, folder)
         except (CheckpointError, ValueError) as error:
             raise RecipeError(f"cannot put adapter {adapter!r} on the model: {error}") from error
     try:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -35,13 +37,25 @@ def save_esft_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) ->
     (folder / ESFT_CONFIG).write_text(json.dumps(model.expert_cfg) + "\n", encoding="utf-8")
 
 
+def esft_folder(adapter: str | os.PathLike[str]) -> Path | None:
+    """Where an ESFT adapter lies, downloaded if it is named by its place on the Hub; None if it is none of ESFT's."""
+    if os.path.isdir(adapter):
+        return Path(adapter) if (Path(adapter) / ESFT_CONFIG).is_file() else None
+    try:
+        hf_hub_download(os.fspath(adapter), ESFT_CONFIG)
+        return Path(snapshot_download(os.fspath(adapter), allow_patterns=[ESFT_CONFIG, "*.safetensors"]))
+    # Not there, not reached, or no name at all; whoever reads the adapter then says which.
+    except (OSError, ValueError, EntryNotFoundError):
+        return None
+
+
 @torch.no_grad()
-def load_esft_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
+def load_esft_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreTrainedModel:
     """Puts the tensors of an ESFT adapter, ours or DeepSeek's, into a model.
 
     Args:
         model: the `DeepseekMoeForCausalLM` that the adapter was trained from; it is changed, and returned.
-        folder: with `expert_cfg.json` and safetensors files.
+        adapter: folder or Hub name, with `expert_cfg.json` and safetensors files.
 
     Raises:
         CheckpointError: the adapter is broken or of another model; the model is as it was.
@@ -49,6 +63,7 @@ def load_esft_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) ->
     """
     if is_specialized(model):
         raise ValueError("the model is in training: put the adapter on before")
+    folder = esft_folder(adapter) or adapter
     adapter = open_esft(folder)
     tensors = published_tensors(model)
     if any(entry.dtype == FP8_DTYPE for entry in adapter.entries.values()):

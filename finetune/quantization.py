@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from .recipe_values import RecipeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .recipe import Recipe
 
 
@@ -53,3 +55,12 @@ def quantization_options(recipe: "Recipe") -> dict[str, Any]:
     # Where the training runs, so that the weights as they were never are in the machine's memory all at once.
     on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
     return {"quantization_config": NF4Config()} | ({"device_map": {"": torch.cuda.current_device()}} if on_gpu else {})
+
+
+def leave_out_of_ddp(model: "nn.Module") -> None:
+    """Keep the weights in four bits from DistributedDataParallel, which would read them as plain numbers to compare
+    and send them. Every rank has read the same checkpoint."""
+    from modeling_deepseek_moe.quantized_weights import NF4Weight
+
+    names = [name for name, weight in model.named_parameters() if isinstance(weight, NF4Weight)]
+    model._ddp_params_and_buffers_to_ignore = names  # torch's own name for it

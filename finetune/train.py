@@ -24,6 +24,7 @@ from .esft_experts import is_specialized
 from .esft_run import specialize
 from .plots import loss_curve
 from .push import open_repo, push_run
+from .quantization import leave_out_of_ddp
 from .recipe import Recipe
 from .recipe_values import RecipeError, first_line
 from .results import machine, print_summary, save
@@ -166,6 +167,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
+        if recipe.quantization:
+            leave_out_of_ddp(trainer.model)
         if model.config.has_experts:
             watch_experts(trainer, folder)
         check_room(trainer, recipe, folder)

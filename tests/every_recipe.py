@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from tiny import tiny_ids
 from tiny_run import counting_rows, tiny_base, write_jsonl
 
@@ -86,7 +86,7 @@ def load_by_name(recipe):
     if recipe.lora:
         return load_adapter(load(recipe)[0], recipe.hub_id)
     if recipe.esft:
-        return load_esft_adapter(load(recipe)[0], snapshot_download(recipe.hub_id))
+        return load_esft_adapter(load(recipe)[0], recipe.hub_id)
     return DeepseekMoeForCausalLM.from_pretrained(recipe.hub_id)
 
 

@@ -7,6 +7,7 @@ import bitsandbytes
 import pytest
 import torch
 from adapted_pair import assert_same, gradients, logits, randomize
+from one_rank import under_ddp
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_ids, tiny_model
@@ -17,6 +18,7 @@ from modeling_deepseek_moe import DeepseekMoeForCausalLM, quantized_weights
 from modeling_deepseek_moe.expert_lora import load_adapter
 from modeling_deepseek_moe.finetune import train
 from modeling_deepseek_moe.finetune.lora import lora_config
+from modeling_deepseek_moe.finetune.quantization import leave_out_of_ddp
 from modeling_deepseek_moe.finetune.recipe import make_recipe
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 from modeling_deepseek_moe.kernels import sorted_rows
@@ -168,6 +170,22 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been_and_its_adapter_is_an_ord
     stock = PeftModel.from_pretrained(plain, at_once["saved_adapter"]).eval()
     assert_same(logits(load_adapter(quantised, at_once["saved_adapter"]).eval()), logits(stock))
     assert not torch.allclose(logits(stock), before, atol=1e-2)
+
+
+def test_a_step_under_ddp_has_the_gradients_of_one_without(tmp_path):
+    (model, _), (other, _) = adapted_twins(), adapted_twins()
+    leave_out_of_ddp(model)
+    ids = tiny_ids(model.config)
+
+    def step(wrapped) -> None:
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+
+    under_ddp(tmp_path, model, step)
+    step(other)
+    trained = [
+        (a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True) if a.requires_grad
+    ]
+    assert trained and all(torch.equal(a, b) and a.any() for a, b in trained)
 
 
 def test_what_four_bits_cannot_do_says_the_way_out(tmp_path, base):
