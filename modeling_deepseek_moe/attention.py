@@ -108,21 +108,32 @@ class DeepseekMoeLatentAttention(nn.Module):
         up_hwr = effective_weight(self.kv_b_proj).unflatten(0, (-1, sum(self.up_widths)))
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
+        implementation = self.config._attn_implementation
+        mask = visible_keys(attention_mask, queries.shape[2], cached, "flash" in implementation)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        mixed_latent = weights = None
+        # An implementation may have a kernel for latents, which leaves to torch what it does not do.
+        if attend_latents := getattr(attend, "attend_latents", None):
+            mixed_latent = attend_latents(self, queries, cached.squeeze(1), mask)
+        if mixed_latent is None:
+            mixed_latent, weights = self.attend_latents(queries, cached.squeeze(1), mask)
+        # The large operand first, as it lies in memory: einsum would copy it transposed.
+        values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
+        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+
+    def attend_latents(self, queries, cached, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of latents `[B, h, T, r]`, weights; from queries `[B, h, T, r + rope]` and cache `[B, L, r + rope]`."""
         # One key-value head: heads and query tokens are rows of one matrix product a sequence.
-        scores = score_latents(queries.flatten(1, 2), cached.squeeze(1)).float() * self.scaling
+        scores = score_latents(queries.flatten(1, 2), cached).float() * self.scaling
         scores = scores.unflatten(1, queries.shape[1:3])
-        mask = visible_keys(attention_mask, queries.shape[2], cached, "flash" in self.config._attn_implementation)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
         weights = scores.softmax(dim=-1).to(cached.dtype)
         weights = F.dropout(weights, self.config.attention_dropout, self.training)
-        mixed_latent = mix_latents(weights.flatten(1, 2), cached.squeeze(1)[..., : self.kv_lora_rank])
-        mixed_latent = mixed_latent.unflatten(1, queries.shape[1:3])
-        # The large operand first, as it lies in memory: einsum would copy it transposed.
-        values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
-        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+        mixed_latent = mix_latents(weights.flatten(1, 2), cached[..., : self.kv_lora_rank])
+        return mixed_latent.unflatten(1, queries.shape[1:3]), weights
 
 
 class DeepseekMoeAttention(nn.Module):

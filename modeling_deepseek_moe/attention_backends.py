@@ -11,13 +11,15 @@ width 192 and values of 128:
 | `flash_attention_4` | padded to 192: Hopper only | in a batch of one row | `flash-attn-4`; no dropout |
 | `sdpa_cudnn` | as they are | by a mask `[B, 1, T, T]` | Hopper, Blackwell; cuDNN 9.11 |
 | `flex_attention` | as they are | by a mask of blocks | a compiler; no dropout; on CPU no backward |
+| `mla_triton` | as they are | by a mask `[B, 1, T, T]` | Triton; Ampere or newer; latent attention |
 | `sdpa` | on CPU values padded | by a mask `[B, 1, T, T]` | |
 | `eager` | as they are | by a mask `[B, 1, T, T]` | memory for all scores |
 
 The flash names and `sdpa_cudnn` compute in float16 or bfloat16. On a GPU "sdpa" leaves the kernel to torch, without a
 word: cuDNN's on Hopper and Blackwell from cuDNN 9.15.1 on, else the memory-efficient one, as its flash kernel wants
 values as wide as keys. The flash names find packed sequences in a batch of one row only, and a larger one is
-refused. Decoding with latent attention is absorbed (`absorption.py`) and the same for all names.
+refused. Decoding with latent attention is absorbed (`absorption.py`) and the same for all names but "mla_triton",
+which is "sdpa" with a kernel for that; "auto" never chooses it.
 
 Sources: transformers 5.23 (`flash_attention_forward`, `_is_packed_sequence`), torch's `sdp_utils.cpp`, flash-attn-4
 4.0.0b36 (`_validate_head_dims`). The order follows the GPU's generation; no timing stands behind it.
@@ -182,6 +184,9 @@ def _not_worth(name: str, config, device: torch.device) -> str | None:
 
 def _refusal(name: str, config, device: torch.device) -> str | None:
     """Why an implementation cannot run a config's heads on a device, None if it can."""
+    # An implementation registered from elsewhere may know it.
+    if own := getattr(ALL_ATTENTION_FUNCTIONS.get(name), "refusal", None):
+        return own(config, device)
     if name not in _HALF_ONLY:
         return None
     if device.type != "cuda":

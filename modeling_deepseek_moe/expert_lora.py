@@ -25,7 +25,7 @@ from .kernels.sorted_mm import interface_departure
 from .quantized_weights import NF4Weight
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
-_SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", "sorted_mm", None)
+_SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", "sorted_mm", "triton", None)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _KINDS = (nn.Parameter, torch.Tensor, NF4Weight)
@@ -35,15 +35,15 @@ class ParamWrapper(lora.ParamWrapper):
     """PEFT's wrapper of one stacked weight, with a pass whose work grows with the tokens and not with the experts.
 
     PEFT recognises wrappers of parameters by this name. The outermost wrapper of an experts module does the work of
-    all of them. The experts' own products are computed here too, in the dtype of their weights, whichever of "eager",
-    "grouped_mm", "batched_mm" and "sorted_mm" `experts_implementation` names; only where all adapters are disabled or
-    merged does the named one run.
+    all of them. The experts' own products are computed here too, in the dtype of their weights: by Triton's kernels
+    where `experts_implementation` is "triton", by `sorted_experts` where it is "eager", "grouped_mm", "batched_mm" or
+    "sorted_mm". Only where all adapters are disabled or merged does the named one run.
 
     PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
     `experts_implementation`, hooks on the experts, base weights that are sharded or quantised otherwise than by
     `quantized_weights`; base weights that are quantised so make it a ValueError.
     Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
-    `torch.compile` breaks its graph here.
+    `torch.compile` breaks its graph here, but not with "triton".
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -62,7 +62,13 @@ class ParamWrapper(lora.ParamWrapper):
         if reason is not None:
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
-        return sorted_experts(experts, x, *args, *(adapters.get(name, []) for name in _WEIGHTS))
+        lists = [adapters.get(name, []) for name in _WEIGHTS]
+        if experts.config._experts_implementation == "triton":
+            # Triton is imported where it is used: not every platform has it.
+            from .kernels.triton_experts import triton_experts
+
+            return triton_experts(experts, x, *args, *lists)
+        return sorted_experts(experts, x, *args, *lists)
 
     def _chain(self) -> "Iterator[lora.ParamWrapper]":
         module = self

@@ -1,6 +1,10 @@
 """Settings shared by all tests."""
 
+# ruff: noqa: E402
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: on CPU its body then runs as Python
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

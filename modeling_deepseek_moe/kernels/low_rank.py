@@ -20,13 +20,23 @@ class Adapter(NamedTuple):
     scaling: float
 
 
+class EveryExpert(NamedTuple):
+    """In the place of `SortedRows` where every product takes all experts and makes the memory of its result."""
+
+    num_experts: int
+    dtype: torch.dtype
+    at_once: bool = True
+    few: torch.Tensor | None = None
+    unserved: tuple[int, ...] | None = None
+
+
 class LowRank:
     """The factors of all adapters of one weight: A `[E, R, in]`, B `[E, R, out]` with the scaling in it.
 
     If few experts serve, only theirs are stacked.
     """
 
-    def __init__(self, adapters: list[Adapter], routing: SortedRows, is_trained: bool):
+    def __init__(self, adapters: list[Adapter], routing: SortedRows | EveryExpert, is_trained: bool):
         self.adapters, self.routing, self.is_trained = adapters, routing, is_trained
         stacks_A, stacks_B = [], []
         for A, B, scaling in adapters:
@@ -38,10 +48,10 @@ class LowRank:
             stacks_B.append(_transposed_copy(scaled, scaled.dtype).unflatten(0, B.shape[1:]))
         self.A, B = _cat(stacks_A, 1), _cat(stacks_B, 0)
         # Rows that `grouped_mm` reads are multiples of 16 bytes.
-        if routing.at_once and (padding := -len(B) % (16 // B.itemsize)):
+        if routing.at_once and (padding := padded_rank(len(B), B.dtype) - len(B)):
             self.A, B = F.pad(self.A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, 0, 0, padding))
         self.B = B.transpose(0, 1)
-        if is_trained:
+        if is_trained and routing.unserved is not None:
             self.dA, self.dB = empty_like(self.A), empty_like(B).transpose(0, 1)
             if routing.few is None:
                 for expert in routing.unserved:
@@ -65,7 +75,13 @@ class LowRank:
             start += rank
 
 
-def low_ranks(routing: SortedRows, scalings, factors, needs=()) -> list[LowRank | None]:
+def padded_rank(rank: int, dtype: torch.dtype) -> int:
+    """The least rank whose rows are multiples of 16 bytes."""
+    step = 16 // dtype.itemsize
+    return -(-rank // step) * step
+
+
+def low_ranks(routing: SortedRows | EveryExpert, scalings, factors, needs=()) -> list[LowRank | None]:
     """Of gate_up and of down; None where there is no adapter. `needs` says which factors are trained."""
     result, start = [], 0
     for scalings_of_weight in scalings:

@@ -1,0 +1,205 @@
+"""Whole steps of DeepSeek-V2-Lite with random weights on a CUDA device: decoding in a graph, and LoRA training."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from decode import filled_cache
+from gpu_experts import GpuBench, achieved, compared
+from gpu_rows import RANK, Row
+from gpu_timing import alternate_on_device, captured, peak_memory
+from measure import agreement, compare, quartiles
+from peft import LoraConfig, get_peft_model
+from transformers.cache_utils import Cache, DynamicLayer
+from workbench import LOGIT_BOUND, Settings, Side, Workbench
+
+from modeling_deepseek_moe.attention_backends import best_attention
+from modeling_deepseek_moe.expert_lora import register_expert_lora
+
+_MODULES = r".*\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.shared_experts\.(gate|up|down)_proj)"
+_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+GRADIENT_BOUND = 0.1  # of the largest entry: roundings of every layer, and PEFT's of W + B A, add up
+
+
+class FullCacheLayer(DynamicLayer):
+    """A cache with room for one token more, which each step writes over: steps repeat at one and the same length."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys.contiguous(), layer.values.contiguous()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.keys[..., -1:, :] = key_states
+        self.values[..., -1:, :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        return self.keys.shape[-2] - 1
+
+
+@torch.inference_mode()
+def decode_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
+    """A step of each side with its best settings in a CUDA graph; without one where it cannot be captured."""
+    context = row.facts["context"]
+    ours, theirs = _sides(bench, row)
+    ours.model.set_experts_implementation("triton")
+    ours.model.set_attn_implementation("mla_triton")
+    steps = {"ours": _decoding(bench, ours, context)}
+    for name in ("grouped_mm", "batched_mm"):
+        steps[name] = _decoding(bench, theirs, context, name)
+    agrees = [
+        agreement(f"{row.work}, {name}", steps["ours"](), step(), LOGIT_BOUND[torch.bfloat16])
+        for name, step in steps.items()
+        if name != "ours"
+    ]
+    labels, graphs = {}, {}
+    for name, step in steps.items():
+        labels[name] = "CUDA graph" if bench.device.type == "cuda" else "no graph"
+        try:
+            graphs[name] = captured([step], bench.device)
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            labels[name] = f"no graph: {str(error).splitlines()[0][:80]}"
+            graphs[name] = step
+    seconds = alternate_on_device(
+        {name: lambda seed, graph=graph: graph for name, graph in graphs.items()}, bench.repeats, bench.device
+    )
+    ours_label = f"triton, mla_triton, {labels['ours']}"
+    fastest = min(("grouped_mm", "batched_mm"), key=lambda name: quartiles(seconds[name])[0])
+    (other,) = row.others
+    found = compared(
+        row,
+        other,
+        (ours_label, seconds["ours"]),
+        (f"transformers, sdpa, {fastest}, {labels[fastest]}", seconds[fastest]),
+        agreement=max(agrees, key=lambda each: each["difference"]),
+    )
+    return [found | achieved(row, seconds["ours"], bench.roofs)]
+
+
+def _decoding(bench: GpuBench, side: Side, context: int, experts: str | None = None) -> Callable[[], torch.Tensor]:
+    cache: Cache = filled_cache(side, context)
+    cache.layers = [_full(layer, bench.device) for layer in cache.layers]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(side.model.config.vocab_size, (1, 1), generator=generator).to(bench.device)
+    positions = torch.tensor([[context - 1]], device=bench.device)
+
+    def step() -> torch.Tensor:
+        if experts is not None:
+            side.model.set_experts_implementation(experts)
+        inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return side.model(**inputs).logits
+
+    side.route(1, seed=0)
+    return step
+
+
+def _full(layer: DynamicLayer, device: torch.device) -> FullCacheLayer:
+    layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+    return FullCacheLayer(layer)
+
+
+def step_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
+    """Forward and backward with gradient checkpointing and AdamW on the adapters: times, tokens a second, memory."""
+    tokens = row.facts["tokens"]
+    sides = dict(zip(("ours", "theirs"), _sides(bench, row), strict=True))
+    ids = torch.randint(sides["ours"].model.config.vocab_size, (3, tokens), device=bench.device)
+    trained = {name: _adapted(side, bench.device, is_ours=name == "ours") for name, side in sides.items()}
+    steps = {name: _training(sides[name], *trained[name], ids) for name in sides}
+    losses, gradients = {}, {}
+    for name, (model, optimizer) in trained.items():
+        sides[name].route(tokens, seed=0)
+        loss = model(input_ids=ids[:1], labels=ids[:1], use_cache=False).loss
+        loss.backward()
+        losses[name] = loss.detach()
+        gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+        optimizer.zero_grad()
+    agreement(f"{row.work}: loss", losses["ours"], losses["theirs"], 0.01)
+    agrees = [
+        agreement(f"{row.work}: gradient of {key}", gradients["ours"][key], expected, GRADIENT_BOUND)
+        for key, expected in gradients["theirs"].items()
+    ]
+    gradients.clear()
+    peaks = {name: peak_memory(prepare(0), bench.device) for name, prepare in steps.items()}
+    seconds = alternate_on_device(steps, bench.repeats, bench.device)
+    (other,) = row.others
+    rates = {name: tokens / quartiles(values)[0] for name, values in seconds.items()}
+    our_label = f"triton, {sides['ours'].model.config._attn_implementation}"
+    ours, theirs = (our_label, seconds["ours"]), (f"{other}, grouped_mm", seconds["theirs"])
+    worst = max(agrees, key=lambda each: each["difference"])
+    found = compared(row, other, ours, theirs, agreement=worst, tokens_per_second=rates)
+    memory = (our_label, [peaks["ours"]]), (f"{other}, grouped_mm", [peaks["theirs"]])
+    below = compare(f"{row.work}: peak memory above weights", *memory, unit="bytes")
+    return [found | achieved(row, seconds["ours"], bench.roofs), below]
+
+
+def _sides(bench: GpuBench, row: Row) -> tuple[Side, Side]:
+    """This package's model and transformers' on one set of tensors, made on the device."""
+    bench.release()
+    gc.collect()
+    layers = row.facts["model"]["num_hidden_layers"]
+    built = Workbench(Settings("v2-lite", layers, torch.get_num_threads(), bench.repeats, (), None))
+    built.fields |= row.facts["model"]
+    built.routing = bench.routing(row.facts["size"])
+    with torch.inference_mode(False), torch.device(bench.device):
+        ours = built.build_ours(torch.bfloat16)
+        theirs = built.theirs_on(ours.model)
+    for side in (ours, theirs):
+        side.model.to(bench.device).eval().requires_grad_(False)
+        _choose_on(side, bench.device)
+    return ours, theirs
+
+
+def _choose_on(side: Side, device: torch.device) -> None:
+    """Routing is drawn on the host; its choices are kept on the device."""
+    route = side.route
+
+    def routed(tokens: int, seed: int) -> None:
+        route(tokens, seed)
+        side._choices = {router: choice.to(device) for router, choice in side._choices.items()}
+
+    side.route = routed
+
+
+def _adapted(side: Side, device: torch.device, is_ours: bool):
+    """The adapted model in training mode with gradient checkpointing, and its optimizer."""
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=_MODULES, target_parameters=_PARAMETERS, task_type="CAUSAL_LM"
+    )
+    # PEFT rewrites targets of type `deepseek_v2`: shared experts would become routed ones.
+    model_type, side.model.config.model_type = side.model.config.model_type, "custom"
+    model = get_peft_model(side.model, register_expert_lora(config, side.model) if is_ours else config)
+    side.model.config.model_type = model_type
+    if is_ours:
+        side.model.set_experts_implementation("triton")
+        side.model.set_attn_implementation(best_attention(side.model.config, device))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = dict(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad))
+    for index, parameter in enumerate(trained.values()):
+        generator = torch.Generator(parameter.device).manual_seed(index)
+        with torch.no_grad():
+            parameter.normal_(std=0.01, generator=generator)
+    return model, torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
+
+
+def _training(side: Side, model, optimizer, ids: torch.Tensor):
+    def prepare(seed: int) -> Callable[[], torch.Tensor]:
+        side.route(ids.shape[1], seed % len(ids))
+        row = ids[seed % len(ids)][None]
+
+        def step() -> torch.Tensor:
+            loss = model(input_ids=row, labels=row, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    return prepare
