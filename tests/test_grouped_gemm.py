@@ -156,6 +156,12 @@ def test_pairs_are_in_the_order_of_their_experts_and_then_of_their_numbers(routi
     assert torch.equal(actual.ends, expected.ends)
 
 
+def test_a_single_choice_may_be_a_column_of_a_wider_tensor():
+    ids = zipf(9)[:, :1]
+    actual, expected = (sort(ids, EXPERTS) for sort in (pair_sorting.sort_pairs, reference.sort_pairs))
+    assert torch.equal(actual.pairs, expected.pairs) and torch.equal(actual.ends, expected.ends)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_rows_are_multiplied_by_the_weight_of_their_expert_alone(routing):
     case = Case(ROUTINGS[routing])

@@ -106,6 +106,13 @@ def test_masks_and_caches_may_lie_in_memory_in_other_ways():
         assert torch.equal(latent_attention(q, cache, 16, 2 / 24**0.5, seen, splits=2), expected)
 
 
+def test_tokens_may_lie_further_apart_than_32_bits_count():
+    """As in a buffer `[L, B, c + rope]` of long sequences. Of the 4 GiB only the pages of three tokens are touched."""
+    queries, cached = inputs(1, 2, 1, 3, 16, 8, torch.float16)
+    apart = torch.empty(2**31 + 24, dtype=torch.float16).as_strided(cached.shape, (24, 2**30, 1)).copy_(cached)
+    assert torch.equal(latent_attention(queries, apart, 16, 0.4), latent_attention(queries, cached, 16, 0.4))
+
+
 def test_large_scores_do_not_overflow():
     queries, cached = inputs(1, 4, 1, 50, 16, 8)
     assert_equals_the_reference(queries * 300, cached, 16, splits=2)

@@ -84,6 +84,16 @@ def test_one_expert_may_serve_all_tokens(both_ways):  # noqa: F811
     check(make_experts(), (hidden_states, torch.full((70, 1), 5), weights), make_adapters(BOTH))
 
 
+def test_the_kernels_get_routing_weights_without_gaps():
+    """Of one choice a token, they may be a column of a wider tensor."""
+    index, weights = torch.randint(EXPERTS, (7, 3)), torch.rand(7, 3)
+    experts = make_experts()
+    prepared = triton_experts._prepared(
+        torch.randn(7, HIDDEN), index[:, 1:2], weights[:, 1:2], experts.gate_up_proj, experts.down_proj
+    )
+    assert all(tensor.is_contiguous() for tensor in prepared) and torch.equal(prepared[2], weights[:, 1])
+
+
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_tokens_that_other_ranks_serve_give_zeros_and_zero_gradients(both_ways, tokens):  # noqa: F811
     experts, adapters = make_experts(trained=True), make_adapters(BOTH)

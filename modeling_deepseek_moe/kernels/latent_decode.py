@@ -226,6 +226,7 @@ def attend_cache(
         ROWS=tiles.rows,
         TOKENS=tiles.tokens,
         ONE_TOKEN=tokens == 1,
+        FAR=length * max(latents.stride(1), rope.stride(1)) >= 2**31,
         UPCAST=INTERPRETED,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -52,6 +52,7 @@ def attend_tiles(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
+    FAR: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Sums of latents for a block of rows over every `splits`-th tile of the cache.
@@ -60,7 +61,7 @@ def attend_tiles(
     `t h + head` is a query. What a row sees nothing of gets a sum of zeros and a peak of minus infinity.
     """
     split = tl.program_id(1)
-    # A batch of caches can pass 2^31 numbers, a sequence's does not.
+    # A batch of caches can pass 2^31 numbers, a sequence's only where FAR says so.
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < heads * tokens
@@ -88,6 +89,8 @@ def attend_tiles(
         is_key = key < length
         # The last token again instead of a mask, which would cost registers; it is not visible.
         present = tl.minimum(key, length - 1)
+        if FAR:
+            present = present.to(tl.int64)
         tile = _load_tile(latents + present * latent_token, column, RANK, RANK_TILE)
         rope = _load_tile(ropes + present * rope_token, rope_column, ROPE, ROPE_TILE)
         if scales is not None:

@@ -25,10 +25,10 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
     """Sorts by expert, in one launch.
 
     Args:
-        top_k_index: `[N, K]` expert ids of any integer dtype; `num_experts` marks a pair that another rank serves.
+        top_k_index: `[N, K]` expert ids in int32 or int64; `num_experts` marks a pair that another rank serves.
         num_experts: E.
     """
-    ids = top_k_index.reshape(-1)
+    ids = top_k_index.contiguous().view(-1)  # `reshape` keeps the stride of a single column
     pairs = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     if not len(ids):
         return SortedPairs(pairs, torch.zeros(num_experts, dtype=torch.int32, device=ids.device))

@@ -255,7 +255,7 @@ def _prepared(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj
     return (
         hidden_states.to(gate_up_proj.dtype).contiguous(),
         top_k_index.contiguous(),
-        top_k_weights.flatten().float(),
+        top_k_weights.float().contiguous().view(-1),  # `flatten` keeps the stride of a single column
         gate_up_proj.contiguous(),
         down_proj.contiguous(),
     )

@@ -29,13 +29,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 NEEDED = ("torch", "triton", "transformers", "peft", "rich")
-# What measures a section, and its share of the minutes; Triton compiles in the ones that come first.
+# What measures a section, and its share of the minutes; Triton compiles in the ones that come first. After a graph
+# that cannot be captured torch's allocator frees its cache no more, so "decode" comes late.
 SECTIONS = {
     "experts": ("gpu_experts", "experts_row", 3.0),
     "lora": ("gpu_experts", "lora_row", 2.0),
     "latent": ("gpu_attention", "latent_row", 1.5),
-    "decode": ("gpu_models", "decode_row", 1.0),
     "step": ("gpu_models", "step_row", 1.5),
+    "decode": ("gpu_models", "decode_row", 1.0),
     "attention": ("gpu_attention", "attention_row", 1.5),
 }
 
@@ -138,15 +139,21 @@ def _measure(options: argparse.Namespace, gpu_rows, gpu_report) -> int:
         return _stop(str(error))
     if options.sweep:
         return _sweep(bench, sizes, budget, results, options, gpu_report)
+
+    def is_tried(row) -> bool:
+        if budget.is_over:
+            return False
+        _run(bench, row, results, gpu_report, options.output)
+        return True
+
     later = []
     for section in options.sections:
         budget.enter(section)
+        bench.release()
         results["sections"][section] = []
-        for row in (row for row in rows if row.section == section):
-            later += [] if _run(bench, row, budget, results, gpu_report) else [row]
-        _write(results, options.output, gpu_report)
+        later += [row for row in rows if row.section == section and not is_tried(row)]
     budget.leave()
-    results["left_out"] = [row.work for row in later if not _run(bench, row, budget, results, gpu_report)]
+    results["left_out"] = [row.work for row in later if not is_tried(row)]
     _write(results, options.output, gpu_report)
     for work in results["left_out"]:
         print(f"left out: {work}")
@@ -170,12 +177,10 @@ def _check(seed: int, device) -> list[dict[str, Any]]:
     return found
 
 
-def _run(bench, row, budget, results: dict[str, Any], gpu_report) -> bool:
-    """Whether the row was tried; what it gave is in the results then. A failing row leaves the others their turn."""
+def _run(bench, row, results: dict[str, Any], gpu_report, output: Path | None) -> None:
+    """Writes what the row gives with the results so far. A failing row leaves the others their turn."""
     import torch
 
-    if budget.is_over:
-        return False
     module, function, _ = SECTIONS[row.section]
     begin = time.monotonic()
     try:
@@ -183,13 +188,14 @@ def _run(bench, row, budget, results: dict[str, Any], gpu_report) -> bool:
     except Exception as error:
         traceback.print_exc()
         found = [{"work": row.work, "error": f"{type(error).__name__}: {error}".splitlines()[0]}]
+    results["sections"][row.section] += found
+    _write(results, output, gpu_report)
+    for each in found:
+        print(f"{gpu_report.measured_cells(each)} [{time.monotonic() - begin:.0f} s]", flush=True)
+    gc.collect()  # models and their hooks hold each other
     if bench.device.type == "cuda":
         torch.cuda.synchronize()  # a device that no longer works ends the run here
         torch.cuda.empty_cache()
-    results["sections"][row.section] += found
-    for each in found:
-        print(f"{gpu_report.measured_cells(each)} [{time.monotonic() - begin:.0f} s]", flush=True)
-    return True
 
 
 def _sweep(bench, sizes, budget, results, options, gpu_report) -> int:

@@ -79,7 +79,7 @@ def attention_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
             expected = output if expected is None else expected
             agreement(f"{row.work}, {name}", output, expected, BOUND)
         except Exception as error:  # not installed, not for this device or these heads: others still compare
-            notes.append(f"{name}: {str(error).splitlines()[0][:120]}")
+            notes.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0][:120]}")
             continue
         sides[name] = prepare
     seconds = alternate_on_device(sides, bench.repeats, bench.device)

@@ -116,7 +116,7 @@ def lora_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
     frozen_label, peft_label = row.others
     found = []
     if peaks[THEIRS] is None:
-        del sides[THEIRS]
+        del sides[THEIRS], blocks[THEIRS]
         note = f"{row.work}: {peft_label} runs out of memory, ours takes {peaks[OURS] / 1e9:.1f} GB above the weights"
         found.append({"work": row.work, "note": note})
         agrees = None

@@ -29,7 +29,6 @@ from workbench import SIZES as TINY_FIELDS
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.presets import released_json
 
-SECTIONS = ("experts", "lora", "latent", "decode", "step", "attention")
 RANK = 16  # of LoRA
 OTHER_TILE = 128  # rows of a tile in the other sides' products
 

@@ -22,17 +22,17 @@ _WARM_UPS = 3
 def alternate_on_device(sides: Mapping[str, Prepare], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each side in every round, after a warm-up of each.
 
-    Each round begins with another side. Before each step the device waits for as long as the host takes to launch it,
-    so that what is timed is the device's work and not the launching, which a training loop hides the same way. A step
-    that waits for the device in its midst shows its gaps all the same.
+    Each round begins with another side, and all sides get the same seed in it. Before each step the device waits for
+    as long as the host takes to launch it, so that what is timed is the device's work and not the launching, which a
+    training loop hides the same way. A step that waits for the device in its midst shows its gaps all the same.
     """
     if device.type != "cuda":
         return alternate(sides, repeats)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     launching = {}
-    for index, (name, prepare) in enumerate(sides.items()):
+    for name, prepare in sides.items():
         for step_number in range(_WARM_UPS):
-            step = prepare(step_number * len(sides) + index)
+            step = prepare(step_number)
             torch.cuda.synchronize()
             begin = time.perf_counter()
             result = step()
@@ -41,10 +41,10 @@ def alternate_on_device(sides: Mapping[str, Prepare], repeats: int, device: torc
             del result
     for round_number in range(repeats):
         gc.collect()
-        turns = list(enumerate(sides.items()))
+        turns = list(sides.items())
         first = round_number % len(turns)
-        for index, (name, prepare) in turns[first:] + turns[:first]:
-            step = prepare((round_number + _WARM_UPS) * len(sides) + index)
+        for name, prepare in turns[first:] + turns[:first]:
+            step = prepare(round_number + _WARM_UPS)
             seconds[name].append(event_seconds(step, wait=1.5 * launching[name]))
     return seconds
 
@@ -79,7 +79,8 @@ def captured(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callab
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         results = [call() for call in calls]
 
     def replay(kept=results) -> None:

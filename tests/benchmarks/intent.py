@@ -102,7 +102,7 @@ def write(runs: dict[str, dict[str, Any]], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    kept = ("trainable_parameters", "steps", "seconds_per_step", "eval_loss_before", "eval_loss_after")
+    kept = ("trainable_parameters", "steps", "eval_loss_before", "eval_loss_after")
     kept += ("metric_before", "metric_after", "device", "versions")
     numbers = {
         name: {"losses": run["losses"], **{key: run["summary"][key] for key in kept}} for name, run in runs.items()
