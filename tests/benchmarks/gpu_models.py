@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +25,9 @@ from modeling_deepseek_moe.expert_lora import register_expert_lora
 _MODULES = r".*\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.shared_experts\.(gate|up|down)_proj)"
 _PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Roundings of 27 layers add up, in small random ones on CPU to 0.02 of the largest logit and 0.1 of the norm of all
-# gradients, to which PEFT's roundings of W + B A belong.
+# gradients, to which PEFT's roundings of W + B A belong; what is wrong in a layer is as large as the layer's norm.
 DECODE_BOUND = 0.06
-GRADIENT_BOUND = 0.2
+GRADIENT_BOUND = 0.4
 
 Tensors = dict[str, torch.Tensor]
 
@@ -129,7 +130,7 @@ def step_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
         gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
         optimizer.zero_grad()
     agreement(f"{row.work}: loss", losses["ours"], losses["theirs"], 0.01)
-    agrees = _joint_agreement(f"{row.work}: gradients", gradients["ours"], gradients["theirs"], GRADIENT_BOUND)
+    agrees = _agreement_by_layer(f"{row.work}: gradients", gradients["ours"], gradients["theirs"], GRADIENT_BOUND)
     gradients.clear()
     peaks = {name: peak_memory(prepare(0), bench.device) for name, prepare in steps.items()}
     seconds = alternate_on_device(steps, bench.repeats, bench.device)
@@ -143,17 +144,22 @@ def step_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
     return [found | achieved(row, seconds["ours"], bench.roofs), below]
 
 
-def _joint_agreement(what: str, ours: Tensors, other: Tensors, bound: float) -> dict[str, float]:
-    """The norm of all differences over that of all entries of `other`.
+def _agreement_by_layer(what: str, ours: Tensors, other: Tensors, bound: float) -> dict[str, float]:
+    """The norm of all differences over that of all entries of `other`, of the layer where it is largest.
 
-    Through many layers roundings grow until single entries that few tokens reach differ by a quarter of the largest.
+    Through many layers roundings grow until single entries that few tokens reach differ by a quarter of the largest;
+    a layer that is wrong differs by its norm or more.
     """
-    norm = sum(tensor.double().square().sum().item() for tensor in other.values()) ** 0.5
-    squares = (ours[key].double().sub(tensor).square().sum().item() for key, tensor in other.items())
-    difference = sum(squares) ** 0.5 / max(norm, 1e-30)
-    if not difference <= bound or norm == 0:
-        raise DisagreementError(f"{what} of both sides differ by {difference:.2g} of their norm {norm:.2g}")
-    return {"difference": difference, "bound": bound}
+    sums: dict[str, list[float]] = {}
+    for key, tensor in other.items():
+        of_layer = sums.setdefault(key.partition(".layers.")[2].partition(".")[0], [0.0, 0.0])
+        of_layer[0] += ours[key].double().sub(tensor).square().sum().item()
+        of_layer[1] += tensor.double().square().sum().item()
+    shares = {layer: (squares / max(norm, 1e-60)) ** 0.5 for layer, (squares, norm) in sums.items()}
+    worst = max(shares, key=lambda layer: math.inf if math.isnan(shares[layer]) else shares[layer])
+    if not shares[worst] <= bound:
+        raise DisagreementError(f"{what} of layer {worst} differ by {shares[worst]:.2g} of their norm")
+    return {"difference": shares[worst], "bound": bound}
 
 
 def _sides(bench: GpuBench, row: Row) -> tuple[Side, Side]:
