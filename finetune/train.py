@@ -73,6 +73,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     checkpoint = last_checkpoint(folder)
     before = eval_loss_before(trainer, folder)
     first_scores = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
+    # Measuring drew random numbers, which a run that finds the measurement in the folder does not.
+    set_seed(recipe.seed)
     train_from(trainer, checkpoint, folder)
     after = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
 

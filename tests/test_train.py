@@ -80,18 +80,22 @@ def test_without_targets_every_weight_is_trained(tmp_path, base):
     assert any(".mlp.experts." in name for name in before.keys() - unchanged)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole model"])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, whole):
-    def recipe(folder, **overrides):
+@pytest.mark.parametrize(
+    "whole, step, saved",
+    [(False, 3, "checkpoint-2"), (True, 3, "checkpoint-2"), (False, 1, None)],
+    ids=["adapters", "whole model", "before the first checkpoint"],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, base, whole, step, saved):
+    def recipe(folder):
         (tmp_path / folder).mkdir(exist_ok=True)
-        values = tiny_values(tmp_path / folder, base, **overrides)
+        values = tiny_values(tmp_path / folder, base, **{"lora.targets": ["attention"], "lora.lora_dropout": 0.2})
         return make_recipe(full(values) if whole else values)
 
     at_once = train.run(recipe("a"))
-    with stopped_at(3, r"checkpoint-2 is saved; the same command goes on from there"):
+    with stopped_at(step, f"{saved} is saved; the same command goes on from there" if saved else "no checkpoint"):
         train.run(recipe("b"))
     in_two = train.run(recipe("b"))
-    assert (at_once["resumed_from"], in_two["resumed_from"]) == (None, "checkpoint-2")
+    assert (at_once["resumed_from"], in_two["resumed_from"]) == (None, saved)
     result = "model" if whole else "adapter"
     assert_same(weights(tmp_path / "a" / "run" / result), weights(tmp_path / "b" / "run" / result))
     same = ("steps", "train_loss", "eval_loss_before", "eval_loss_after")
