@@ -23,11 +23,6 @@ from .pair_sorting import SortedPairs
 from .triton_launch import INTERPRETED, launch, rounded, shared_memory
 
 
-def gate_up_tiles(pairs: int, num_experts: int, width: int, itemsize: int, room: int) -> Tiles:
-    """Tiles of a product with gate and up side by side: half of `columns` are gate's, half up's."""
-    return product_tiles(pairs, num_experts, 2 * width, itemsize, room)
-
-
 def gate_up_product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -46,7 +41,7 @@ def gate_up_product(
         top_k: K.
         low: `t [R, r]` in sorted order and `M [E, r, 2I]` of any strides: adds `t M[e]` to gate_up.
         save: whether gate_up is returned.
-        config: instead of `gate_up_tiles`.
+        config: instead of `product_tiles`.
 
     Returns:
         h `[R, I]`, and gate_up `[R, 2I]` or None, in sorted order and the dtype of `x`. gate_up is rounded to that
@@ -55,7 +50,8 @@ def gate_up_product(
     """
     x = with_whole_rows(x)
     R, (E, columns, H) = len(rows.pairs), weight.shape
-    tiles = config or gate_up_tiles(R, E, columns // 2, x.itemsize, shared_memory(x.device))
+    # Of a tile's columns half are gate's, half up's.
+    tiles = config or product_tiles(R, E, columns, x.itemsize, shared_memory(x.device))
     h = x.new_empty(R, columns // 2)
     gate_up = x.new_empty(R, columns) if save else None
     launch(
@@ -68,11 +64,6 @@ def gate_up_product(
         num_stages=tiles.stages,
     )
     return h, gate_up
-
-
-def gate_backward_tiles(pairs: int, num_experts: int, width: int, itemsize: int, room: int) -> Tiles:
-    """Tiles of any product: the gate_up read behind it and the three results take no more room, a strip at a time."""
-    return product_tiles(pairs, num_experts, width, itemsize, room)
 
 
 def gate_backward(
@@ -99,7 +90,7 @@ def gate_backward(
         top_k: K.
         low: `v [R, r]` in sorted order and `M [E, r, I]` of any strides: adds `v M[e]` to p.
         save_h: whether `w h` is returned, as the gradients of down's weight and of its factors take it.
-        config: instead of `gate_backward_tiles`.
+        config: instead of `product_tiles`.
 
     Returns:
         d gate_up `[R, 2I]` and `w h [R, I]` or None in sorted order and the dtype of `dy`, and dw `[R]` by pair in
@@ -107,7 +98,7 @@ def gate_backward(
     """
     dy = with_whole_rows(dy)
     R, (E, H, width) = len(rows.pairs), weight.shape
-    tiles = config or gate_backward_tiles(R, E, width, dy.itemsize, shared_memory(dy.device))
+    tiles = config or product_tiles(R, E, width, dy.itemsize, shared_memory(dy.device))
     d_gate_up, h = dy.new_empty(R, 2 * width), dy.new_empty(R, width) if save_h else None
     column_tiles = triton.cdiv(width, tiles.columns)
     parts = torch.zeros(R, column_tiles, dtype=torch.float32, device=dy.device)  # of dw, one of each tile

@@ -280,12 +280,18 @@ def _eager(size: CheckSize, x, index, w, W1, W2) -> torch.Tensor:
     return functional_call(_empty_experts(size), {"gate_up_proj": W1, "down_proj": W2}, (x, index, w))
 
 
+def experts_of(size: ExpertSize, implementation: str) -> DeepseekMoeExperts:
+    """One layer's routed experts, not initialised, on torch's default device and in its default dtype."""
+    config = SimpleNamespace(
+        n_routed_experts=size.E, hidden_size=size.H, moe_intermediate_size=size.I, hidden_act="silu"
+    )
+    config._experts_implementation = implementation
+    return DeepseekMoeExperts(config)
+
+
 def _empty_experts(size: CheckSize) -> DeepseekMoeExperts:
-    _, H, width, E, _ = size.experts
-    config = SimpleNamespace(n_routed_experts=E, hidden_size=H, moe_intermediate_size=width, hidden_act="silu")
-    config._experts_implementation = "eager"
     with torch.device("meta"):
-        return DeepseekMoeExperts(config)
+        return experts_of(size.experts, "eager")
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from gpu_checks import experts_of
 from gpu_counts import V2_LITE, ExpertSize, Roofs
 from gpu_rows import RANK, Row
 from gpu_timing import alternate_on_device, peak_memory
@@ -17,6 +17,7 @@ from measure import agreement, compare, quartiles
 from peft import LoraConfig, get_peft_model
 from routing import Routing, ZipfRouting, read_routing
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
 from modeling_deepseek_moe.expert_lora import register_expert_lora
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
@@ -44,7 +45,8 @@ class GpuBench:
         """Experts with random weights of such a size that outputs are near 1; one size is held at a time."""
         if self._block is None or self._block[0] != size:
             self.release()
-            module = experts_of(size, self.device)
+            with self.device, local_torch_dtype(torch.bfloat16):
+                module = experts_of(size, THEIRS)
             with torch.no_grad():
                 module.gate_up_proj.normal_(std=size.H**-0.5)
                 module.down_proj.normal_(std=size.I**-0.5)
@@ -55,16 +57,6 @@ class GpuBench:
         """Frees the experts."""
         self._block = None
         torch.cuda.empty_cache()
-
-
-def experts_of(size: ExpertSize, device: torch.device) -> DeepseekMoeExperts:
-    """One layer's routed experts in bfloat16, not initialised."""
-    config = SimpleNamespace(
-        n_routed_experts=size.E, hidden_size=size.H, moe_intermediate_size=size.I, hidden_act="silu"
-    )
-    config._experts_implementation = THEIRS
-    with device, _default_dtype(torch.bfloat16):
-        return DeepseekMoeExperts(config)
 
 
 def experts_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
@@ -220,13 +212,3 @@ def _peak_or_none(prepare, device: torch.device) -> int | None:
     gc.collect()
     torch.cuda.empty_cache()
     return None
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
