@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from modeling_deepseek_moe import CheckpointError
 
 from .convert import ConversionReport, convert
-from .upcycle import UpcycleOptions
+from .upcycle.upcycle import UpcycleOptions
 
 
 def run_convert(

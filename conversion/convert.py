@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .dense_source import open_dense
-from .formats import DTYPES
-from .plan import Plan
-from .recipes import QuantizationError
+from .engine.operations import QuantizationError
+from .engine.plan import Plan
+from .engine.target import ConversionError, open_target, unfinished, write_rest
+from .engine.writing import disk_full, is_disk_full, write_shards
+from .formats.formats import DTYPES
 from .request import plan_request
-from .target import ConversionError, open_target, unfinished, write_rest
-from .upcycle import UPCYCLE, UpcycleOptions, plan_upcycle
+from .upcycle.dense import open_dense
+from .upcycle.upcycle import UPCYCLE, UpcycleOptions, plan_upcycle
 from .upcycle_report import UpcycleLosses, measure_losses, read_rows, verify_upcycle
 from .verify import Verification, verify_conversion
-from .writing import disk_full, is_disk_full, write_shards
 
 
 @dataclass(frozen=True)

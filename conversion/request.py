@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter_files import open_adapter
-from .adapter_names import KV_B_CHOICES, plan_per_expert, plan_stacked
-from .esft import plan_esft
-from .formats import FORMATS, open_checkpoint, plan_conversion
-from .inference_config import INFERENCE
-from .merging import apply_adapter
-from .overlay import is_below
-from .plan import Plan
-from .source import open_source
-from .target import ConversionError
-from .upcycle import UPCYCLE
+from .adapters.esft import plan_esft
+from .adapters.files import open_adapter
+from .adapters.merging import apply_adapter
+from .adapters.names import KV_B_CHOICES, plan_per_expert, plan_stacked
+from .adapters.overlay import is_below
+from .engine.plan import Plan
+from .engine.source import open_source
+from .engine.target import ConversionError
+from .formats.formats import FORMATS, open_checkpoint, plan_conversion
+from .formats.inference_config import INFERENCE
+from .upcycle.upcycle import UPCYCLE
 
 ADAPTER_FORMATS = {
     "peft": "an adapter as PEFT writes it for stacked experts",

@@ -12,10 +12,10 @@ import transformers
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 
-from .dense_source import DENSE_MODELS
-from .plan import Plan
-from .source import CONFIG_NAME, SourceCheckpoint
-from .target import ConversionError
+from .engine.plan import Plan
+from .engine.source import CONFIG_NAME, SourceCheckpoint
+from .engine.target import ConversionError
+from .upcycle.dense import DENSE_MODELS
 from .verify import TOKENS, Verification, quiet_transformers, too_large, verify_tensors
 
 # Of the logits, relative to the largest where that is above 1: the router's deviation, and sums in another order.
@@ -143,7 +143,7 @@ def _text_rows(text: str, tokenizer) -> list[Row]:
 
 
 def _json_rows(text: str, tokenizer) -> Iterator[Row]:
-    from modeling_deepseek_moe.finetune.data import encode
+    from modeling_deepseek_moe.finetune.data.rows import encode
 
     count = 0
     for line in text.splitlines():

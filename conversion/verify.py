@@ -12,15 +12,15 @@ import transformers
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
 
-from .formats import plan_plain
-from .inference_config import INFERENCE
-from .inference_source import JoinedCheckpoint, RankFiles, open_ranks
-from .plan import Plan, Step
-from .recipes import Copy, Quantize
-from .slices import innermost
-from .source import CONFIG_NAME, SourceCheckpoint
-from .target import ConversionError
-from .writing import Reader, same_bytes
+from .engine.operations import Copy, Quantize
+from .engine.plan import Plan, Step
+from .engine.slices import innermost
+from .engine.source import CONFIG_NAME, SourceCheckpoint
+from .engine.target import ConversionError
+from .engine.writing import Reader, same_bytes
+from .formats.formats import plan_plain
+from .formats.inference_config import INFERENCE
+from .formats.inference_source import JoinedCheckpoint, RankFiles, open_ranks
 
 TOKENS = 16
 # Two implementations of one model in float32: sums in another order, over a few dozen layers.

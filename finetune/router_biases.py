@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .load_counter import blocks_of, router_of
-from .run_folder import aside
+from .model.counting import blocks_of, router_of
+from .runs.folder import aside
 
 _FILE, _KEY = "router_biases.safetensors", "layers.{}.mlp.gate.e_score_correction_bias"
 

@@ -14,11 +14,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from modeling_deepseek_moe.conversion.adapter_files import ADAPTER_CONFIG
-from modeling_deepseek_moe.finetune.lora import lora_config
-from modeling_deepseek_moe.finetune.recipe import Recipe
-from modeling_deepseek_moe.finetune.recipe_values import RecipeError
-from modeling_deepseek_moe.finetune.run_results import RunResults
+from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
+from modeling_deepseek_moe.finetune.model.lora import lora_config
+from modeling_deepseek_moe.finetune.recipe.load import Recipe
+from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.runs.results import RunResults
 
 from .metadata import is_repository, problems
 from .ways_to_load import ways_to_load

@@ -24,7 +24,7 @@ from modeling_deepseek_moe.checkpoint_layout import (
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
 from modeling_deepseek_moe.latent_cache import cache_elements
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, released_json
-from modeling_deepseek_moe.quantized_weights import BITS
+from modeling_deepseek_moe.quantized.weights import BITS
 
 FOLDER = Path(__file__).with_name("reference")
 _TEMPLATE = Path(__file__).with_name("reference.md.jinja")

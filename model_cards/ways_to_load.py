@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
-from modeling_deepseek_moe.conversion.adapter_files import ADAPTER_CONFIG
-from modeling_deepseek_moe.conversion.native_configs import NATIVE_MODELS
+from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
+from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 
 _UNKNOWN_BASE = "BASE"
 # Ranks that vLLM reserves room for.

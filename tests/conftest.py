@@ -89,8 +89,8 @@ def go(tmp_path, base) -> Callable[..., dict[str, Any]]:
     """Run a recipe of a few steps, with keys set differently."""
     from tiny_run import tiny_values
 
-    from modeling_deepseek_moe.finetune import train
-    from modeling_deepseek_moe.finetune.recipe import make_recipe
+    from modeling_deepseek_moe.finetune.recipe.load import make_recipe
+    from modeling_deepseek_moe.finetune.train import one_run as train
 
     return lambda **overrides: train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
 
@@ -109,7 +109,7 @@ def model_in_three_files(tmp_path) -> Path:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[Any]:
     """A local Hub that takes large files by git-LFS."""
-    from modeling_deepseek_moe.finetune.local_hub import LocalHub
+    from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
 
     # The client reads it from the environment when it is imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -122,7 +122,7 @@ def push(hub) -> Callable[..., str]:
     """`push_run` to it."""
     from tiny_run import HUB_TOKEN
 
-    from modeling_deepseek_moe.finetune.push import push_run
+    from modeling_deepseek_moe.finetune.hub.push import push_run
 
     return lambda run, to, **options: push_run(run, to, endpoint=hub.endpoint, token=HUB_TOKEN, **options)
 

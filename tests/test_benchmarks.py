@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import BENCHMARKS
 from typer.testing import CliRunner
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 SECTIONS = ["decode", "prefill", "experts", "lora", "train", "load"]
 # (section, how it is meant, value); one more, in bytes, depends on the size.
 GOALS = {

@@ -10,8 +10,8 @@ from tiny_run import tiny_base, tiny_values
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError, __version__
-from modeling_deepseek_moe.cli import app, main
-from modeling_deepseek_moe.finetune.recipe_values import RecipeError
+from modeling_deepseek_moe.cli.main import app, main
+from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 
 def call(*arguments):
@@ -24,7 +24,7 @@ def run_failing_with(monkeypatch, error):
     def run(recipe):
         raise error
 
-    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.train", types.SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.train.one_run", types.SimpleNamespace(run=run))
     return call("finetune", "lora_all", "data=rows.jsonl", "output_dir=out")
 
 
@@ -104,7 +104,7 @@ def test_a_recipe_runs_from_the_command_line(tmp_path):
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     seen = {}
     module = types.SimpleNamespace(run_demo=lambda **options: seen.update(options))
-    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.demo", module)
+    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.demo.demo", module)
     assert call("demo", "--output-dir", tmp_path, "--hub-id", "me/demo").exit_code == 0
     assert seen == {"output_dir": tmp_path, "hub_id": "me/demo"}
     assert call("demo").exit_code == 0
@@ -121,7 +121,7 @@ def test_the_entry_point_takes_its_arguments_from_the_shell(monkeypatch, capsys)
 
 def test_help_imports_nothing_that_only_training_needs():
     code = (
-        "import sys; from typer.testing import CliRunner; from modeling_deepseek_moe.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from modeling_deepseek_moe.cli.main import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "print(*sorted({'peft', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )

@@ -7,13 +7,12 @@ import sys
 import zipfile
 from email.parser import Parser
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import modeling_deepseek_moe
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "modeling_deepseek_moe": "modeling_deepseek_moe",
     "conversion": "modeling_deepseek_moe/conversion",
@@ -58,7 +57,7 @@ def test_the_wheel_has_one_import_root_and_the_license(wheel):
 
 def test_the_wheel_installs_the_command(wheel):
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "deepseek-moe = modeling_deepseek_moe.cli:main" in wheel.read(entry_points).decode()
+    assert "deepseek-moe = modeling_deepseek_moe.cli.main:main" in wheel.read(entry_points).decode()
 
 
 def test_wheel_installation_module_and_changelog_state_the_same_version(wheel):

@@ -10,8 +10,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .mla_triton import mla_triton_attention
-from .sorted_mm import sorted_mm_experts_forward
+from .sorted.sorted_mm import sorted_mm_experts_forward
+from .triton.mla_triton import mla_triton_attention
 
 
 def register_kernels() -> None:
@@ -25,6 +25,6 @@ def register_kernels() -> None:
 
 def _triton_experts_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
     # Triton is imported where it is used: not every platform has it.
-    from .triton_experts import triton_experts
+    from .triton.triton_experts import triton_experts
 
     return triton_experts(*args, **kwargs)

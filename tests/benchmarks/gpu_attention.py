@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_deepseek_moe.kernels.latent_decode import latent_attention, quantize_latent
+from modeling_deepseek_moe.kernels.triton.latent_decode import latent_attention, quantize_latent
 
 _CACHE_BYTES = 2**28  # several times an L2 cache
 _MOST_SETS = 64

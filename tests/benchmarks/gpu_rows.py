@@ -280,7 +280,7 @@ def lora_step(sizes: Sizes, is_ours: bool) -> Work:
 
 @cache
 def _padding(size: ExpertSize, tokens: int, tile: int | None = None) -> float:
-    from modeling_deepseek_moe.kernels.grouped_gemm import product_tiles
+    from modeling_deepseek_moe.kernels.triton.grouped_gemm import product_tiles
 
     if tile is None:
         tile = product_tiles(tokens * size.K, size.E, size.H, HALF, 227 * 1024).rows

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/kernel_resources.py [WORDS...]
 
-Each case of `tests/triton_cases.py` is compiled, or those whose names begin with one of the words. Registers and
-shared memory say how many programs run on one multiprocessor at a time.
+Each case of `tests/support/triton_cases.py` is compiled, or those whose names begin with one of the words. Registers
+and shared memory say how many programs run on one multiprocessor at a time.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel is defined
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import triton  # noqa: E402
 from triton_cases import compile_cases, compiled, launches  # noqa: E402

@@ -16,7 +16,7 @@ from measure import Case, DisagreementError, agreement, alternate, compare
 from peft import LoraConfig, PeftModel, get_peft_model
 from workbench import Side, Workbench
 
-from modeling_deepseek_moe.finetune.lora import known_warnings, lora_config
+from modeling_deepseek_moe.finetune.model.lora import known_warnings, lora_config
 
 TOKENS, RANK = 1024, 16
 ALL_EXPERTS = ("attention", "shared_experts", "routed_experts")

@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.demo_corpus import documents
+from modeling_deepseek_moe.finetune.demo.corpus import documents
 from modeling_deepseek_moe.mtp_generation import MultiTokenCandidateGenerator
 
 TASK_SHARES = {"text": 0.0, "answers": 1.0}

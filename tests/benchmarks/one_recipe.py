@@ -15,9 +15,10 @@ import torch
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.expert_lora import load_adapter
-from modeling_deepseek_moe.finetune import demo_task, train
-from modeling_deepseek_moe.finetune.recipe import load_recipe
-from modeling_deepseek_moe.finetune.tuned_model import load
+from modeling_deepseek_moe.finetune.demo import task as demo_task
+from modeling_deepseek_moe.finetune.model.load import load
+from modeling_deepseek_moe.finetune.recipe.load import load_recipe
+from modeling_deepseek_moe.finetune.train import one_run as train
 
 
 def main(request: Path, answer: Path) -> None:

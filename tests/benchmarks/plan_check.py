@@ -21,7 +21,7 @@ from rich.table import Table
 from step_memory import measured_step, recipe_of
 
 from modeling_deepseek_moe import DeepseekMoeConfig
-from modeling_deepseek_moe.finetune.memory import Memory, Plan
+from modeling_deepseek_moe.finetune.plan.memory import Memory, Plan
 
 BOUND = 0.1
 MIB = 2**20

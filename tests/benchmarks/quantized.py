@@ -34,15 +34,16 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-import modeling_deepseek_moe.finetune.demo as demo
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
-from modeling_deepseek_moe.finetune import demo_task, train
-from modeling_deepseek_moe.finetune.lora import lora_config
-from modeling_deepseek_moe.finetune.recipe import load_recipe
+from modeling_deepseek_moe.finetune.demo import demo
+from modeling_deepseek_moe.finetune.demo import task as demo_task
+from modeling_deepseek_moe.finetune.model.lora import lora_config
+from modeling_deepseek_moe.finetune.recipe.load import load_recipe
+from modeling_deepseek_moe.finetune.train import one_run as train
 from modeling_deepseek_moe.presets import released_json
-from modeling_deepseek_moe.quantized_loading import NF4Config
-from modeling_deepseek_moe.quantized_weights import NF4Weight
+from modeling_deepseek_moe.quantized.loading import NF4Config
+from modeling_deepseek_moe.quantized.weights import NF4Weight
 
 HERE = Path(__file__).parent
 SIDES = {"float32": {"dtype": "float32"}, "nf4": {"dtype": "float32", "quantization": "nf4"}}
@@ -71,7 +72,7 @@ def train_side(folder: Path, values: dict[str, str], steps: int) -> dict[str, An
     """Loss every ten steps and on held-out rows, of a run of the demo's recipe."""
     folder.mkdir()
     rows = folder / "rows.jsonl"
-    recipe = Path(demo.__file__).parent / "recipes" / "demo.yaml"
+    recipe = Path(demo.__file__).parents[1] / "recipes" / "demo.yaml"
     # What `steps` batches of 32 take after the held-out share.
     items = demo_task.split_items(-(-steps * 32 * 100 // 98)).train
     rows.write_text("".join(json.dumps(demo_task.training_row(item)) + "\n" for item in items), encoding="utf-8")

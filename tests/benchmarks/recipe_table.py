@@ -80,7 +80,7 @@ class Bench:
     """Runs recipes in `scratch`, a few at a time, each once."""
 
     def __init__(self, scratch: Path, jobs: int, steps: int):
-        from modeling_deepseek_moe.finetune.demo import base_folder
+        from modeling_deepseek_moe.finetune.demo.demo import base_folder
 
         self.scratch, self.jobs, self.steps, self.base = scratch, jobs, steps, base_folder()
         self.files = write_rows(scratch, 2 * steps * BATCH)
@@ -162,7 +162,7 @@ class Bench:
         if not answer.is_file():
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            from modeling_deepseek_moe.finetune import demo_task
+            from modeling_deepseek_moe.finetune.demo import task as demo_task
 
             items = json.loads(self.files["test"].read_text(encoding="utf-8"))
             models = {"base": self.base} | ({"before dpo": self.taught()} if self.taught().is_dir() else {})
@@ -177,7 +177,7 @@ class Bench:
 
 def write_rows(folder: Path, count: int) -> dict[str, Path]:
     """Rows of every kind for the same words, and the words to score on."""
-    from modeling_deepseek_moe.finetune import demo_task
+    from modeling_deepseek_moe.finetune.demo import task as demo_task
 
     items = demo_task.split_items(count + ITEMS, ITEMS)
     train, validation = items.train[:-ITEMS], items.train[-ITEMS:]

@@ -10,13 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.esft_experts import train_chosen
-from modeling_deepseek_moe.finetune.memory_model import assumed_choice
-from modeling_deepseek_moe.finetune.recipe import Recipe, make_recipe
-from modeling_deepseek_moe.finetune.train import training_arguments
-from modeling_deepseek_moe.finetune.tuned_model import add_adapters
-from modeling_deepseek_moe.quantized_loading import quantize_weights
-from modeling_deepseek_moe.quantized_weights import NF4Weight
+from modeling_deepseek_moe.finetune.model.chosen_experts import train_chosen
+from modeling_deepseek_moe.finetune.model.load import add_adapters
+from modeling_deepseek_moe.finetune.plan.model import assumed_choice
+from modeling_deepseek_moe.finetune.recipe.load import Recipe, make_recipe
+from modeling_deepseek_moe.finetune.train.one_run import training_arguments
+from modeling_deepseek_moe.quantized.loading import quantize_weights
+from modeling_deepseek_moe.quantized.weights import NF4Weight
 
 
 class StepMemory(TrainerCallback):

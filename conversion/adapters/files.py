@@ -1,0 +1,273 @@
+"""A PEFT LoRA adapter folder, checked before any tensor is read; pickles are refused.
+
+PEFT 0.21 wraps each stacked weight of an experts module in a layer of its own, the first one inside:
+`experts.base_layer.lora_A` belongs to `gate_up_proj` and `experts.lora_A` to `down_proj`, or to the only one that is
+adapted. A of `E` experts is `(E * r, in)`, expert after expert; B is `(out, r * E)`, with the experts innermost.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.checkpoint_files import TensorEntry, read_entries
+
+from ..engine.source import TensorFolder, check_links, is_other_file, read_config
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."
+STACKED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<expert>0|[1-9]\d{0,4})\.(?P<projection>gate|up|down)_proj")
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_DTYPES = ("F32", "F16", "BF16")
+_LORA_KEY = re.compile(r"(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+_WRAPPED = re.compile(r"(?P<experts>.+\.mlp\.experts)(?P<inner>\.base_layer)?")
+# What a field says besides the factors themselves; every other field must be unset.
+_READ_FIELDS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"}
+_READ_FIELDS |= {"target_parameters", "modules_to_save", "peft_type", "bias", "init_lora_weights"}
+_FIELDS_OF_TRAINING = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("megatron_config", "megatron_core", "lora_dropout", "loftq_config", "eva_config", "runtime_config"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "qalora_group_size", "ensure_weight_tying"),
+}
+# The other ways to start change the base weights, so that the adapter does not fit the base as it was.
+_INITIAL_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal", None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one weight, to which `scaling * B A` is added.
+
+    Attributes:
+        a, b: their keys.
+        rank, scaling: of this weight, whatever the patterns of the config are.
+        experts: how many a stacked weight has; None for one matrix.
+    """
+
+    a: str
+    b: str
+    rank: int
+    scaling: float
+    experts: int | None = None
+
+
+@dataclass(frozen=True)
+class LoraAdapter(TensorFolder):
+    """A sound LoRA adapter.
+
+    Attributes:
+        pairs: by the adapted module's name in the model, or by the parameter's if it is stacked.
+        parameters: those of `pairs` that PEFT adapts as bare parameters, named without the final `.weight`.
+        saved: keys of whole tensors that replace the base's (`modules_to_save`), by the tensor's name.
+        other_files: names of what lies beside them.
+    """
+
+    pairs: dict[str, Pair]
+    parameters: tuple[str, ...]
+    saved: dict[str, str]
+    other_files: tuple[str, ...]
+
+
+def open_adapter(folder: str | os.PathLike) -> LoraAdapter:
+    """Reads the config and the header of an adapter folder, and checks that together they are one sound LoRA adapter.
+
+    Raises:
+        CheckpointError: one line that names file and tensor or field.
+    """
+    folder = Path(folder).resolve()
+    config_json = read_config(folder, ADAPTER_CONFIG)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        pickle = next((name for name in _PICKLES if (folder / name).exists()), None)
+        hint = f"; {pickle} is a pickle, which can run code and is not read" if pickle else ""
+        raise CheckpointError(f"{folder} has no {ADAPTER_WEIGHTS}{hint}")
+    others = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_file() and is_other_file(entry.name)))
+    others = tuple(name for name in others if name != ADAPTER_CONFIG and not name.endswith(".py"))
+    check_links(folder, (ADAPTER_WEIGHTS, *others))
+    entries = read_entries(path)
+    config = _Config(folder / ADAPTER_CONFIG, config_json)
+    pairs, saved = _pairs(path, entries, config)
+    parameters = tuple(name for name in pairs if name.endswith(STACKED) or config.is_parameter(f"{name}.weight"))
+    return LoraAdapter(
+        folder, config_json, dict.fromkeys(entries, ADAPTER_WEIGHTS), entries, pairs, parameters, saved, others
+    )
+
+
+class _Config:
+    """What `adapter_config.json` says about each weight."""
+
+    def __init__(self, path: Path, fields: dict[str, Any]):
+        self.path, self.fields = path, fields
+        self._check("peft_type", lambda value: value == "LORA", "only LORA is")
+        self._check("bias", lambda value: value in (None, "none"), "only 'none' is")
+        self._check("init_lora_weights", lambda value: value in _INITIAL_WEIGHTS, "it changes the base weights")
+        for name in fields.keys() - _READ_FIELDS - _FIELDS_OF_TRAINING:
+            self._check(name, lambda value: not value, "only plain LoRA is")
+        self._check("r", _is_rank, "not a positive number")
+        self._check("lora_alpha", _is_factor, "not a number other than 0")
+        self._check("use_rslora", lambda value: value is None or type(value) is bool, "not true or false")
+        for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", _is_factor)):
+            self._check(
+                name, lambda value, of=is_value: _is_pattern(value, of), "not an object of patterns and numbers"
+            )
+        for name in ("target_parameters", "modules_to_save"):
+            self._check(name, _are_names, "not a list of names")
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts this parameter as one."""
+        return _ends_with(name, self.fields.get("target_parameters"))
+
+    def is_saved(self, name: str) -> bool:
+        modules = self.fields.get("modules_to_save") or ()
+        return any(f".{module}." in f".{name}" for module in modules)
+
+    def rank(self, name: str) -> int:
+        return self._of_pattern("rank_pattern", name, self.fields["r"])
+
+    def scaling(self, name: str) -> float:
+        alpha = self._of_pattern("alpha_pattern", name, self.fields["lora_alpha"])
+        return scaling_of(alpha, self.rank(name), bool(self.fields.get("use_rslora")))
+
+    def _of_pattern(self, field: str, name: str, default: Any) -> Any:
+        """The first pattern that matches decides, as in PEFT."""
+        for pattern, value in (self.fields.get(field) or {}).items():
+            if re.match(_whole(pattern), name):
+                return value
+        return default
+
+    def _check(self, name: str, is_sound: Callable[[Any], bool], reason: str) -> None:
+        value = self.fields.get(name)
+        if not is_sound(value):
+            raise CheckpointError(f"{self.path}: {name}={value!a} is not read: {reason}")
+
+
+def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
+    """What PEFT multiplies B A by."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_factor(value: Any) -> bool:
+    return type(value) in (int, float) and 1e-30 < abs(value) < 1e30
+
+
+def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not all(map(is_value, value.values())):
+        return False
+    try:
+        all(map(re.compile, map(_whole, value)))
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))
+
+
+def _ends_with(name: str, endings: list[str] | None) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in endings or ())
+
+
+def _pairs(path: Path, entries: dict[str, TensorEntry], config: _Config) -> tuple[dict[str, Pair], dict[str, str]]:
+    factors: dict[str, dict[str, str]] = {}
+    saved = {}
+    for key, entry in entries.items():
+        name = key.removeprefix(ADAPTER_PREFIX)
+        lora = _LORA_KEY.fullmatch(name)
+        if name == key or not (lora or config.is_saved(name)):
+            raise CheckpointError(f"{path}: tensor {key} is neither a LoRA factor nor one of modules_to_save")
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor {key} is {entry.dtype}, not one of {', '.join(_DTYPES)}")
+        if lora:
+            factors.setdefault(lora["module"], {})[lora["factor"]] = key
+        else:
+            saved[name] = key
+    if not factors:
+        raise CheckpointError(f"{path} holds no LoRA factors")
+    pairs = {}
+    for module, keys in factors.items():
+        if len(keys) == 1:
+            (key,) = keys.values()
+            raise CheckpointError(f"{path}: tensor {key} has no {'AB'.strip(*keys)} beside it")
+        name, is_stacked = _adapted(path, module, factors, config, keys["A"])
+        pairs[name] = _pair(path, entries, config, name, keys, is_stacked)
+    _check_stacks(path, entries, pairs)
+    return pairs, saved
+
+
+def _adapted(path: Path, module: str, factors, config: _Config, key: str) -> tuple[str, bool]:
+    """What the layer PEFT calls `module` adapts, and whether that is a stacked weight."""
+    wrapped = _WRAPPED.fullmatch(module)
+    if not wrapped:
+        return module, False
+    experts = wrapped["experts"]
+    gate_up, down = f"{experts}.gate_up_proj", f"{experts}.down_proj"
+    if wrapped["inner"]:
+        return gate_up, True
+    if f"{module}.base_layer" in factors:
+        return down, True
+    named = [name for name in (gate_up, down) if config.is_parameter(name)]
+    if len(named) != 1:
+        raise CheckpointError(
+            f"{path}: tensor {key} belongs to one stacked weight, but target_parameters of {ADAPTER_CONFIG} names "
+            f"{len(named)} of {experts}"
+        )
+    return named[0], True
+
+
+def _pair(path: Path, entries, config: _Config, name: str, keys: dict[str, str], is_stacked: bool) -> Pair:
+    is_parameter = not is_stacked and config.is_parameter(f"{name}.weight")
+    pattern_name = f"{name}.weight" if is_parameter else name
+    rank, scaling = config.rank(pattern_name), config.scaling(pattern_name)
+    a, b = entries[keys["A"]].shape, entries[keys["B"]].shape
+    for key, shape in ((keys["A"], a), (keys["B"], b)):
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"{path}: tensor {key} is {list(shape)}, not a matrix")
+    rows = a[0]
+    if rows != b[1] or (rows % rank if is_stacked else rows != rank):
+        many = " for each expert" if is_stacked else ""
+        raise CheckpointError(
+            f"{path}: tensors {keys['A']} {list(a)} and {keys['B']} {list(b)} contradict rank {rank}{many} of "
+            f"{ADAPTER_CONFIG}"
+        )
+    return Pair(keys["A"], keys["B"], rank, scaling, rows // rank if is_stacked else None)
+
+
+def _check_stacks(path: Path, entries, pairs: dict[str, Pair]) -> None:
+    stacks = {name: pair for name, pair in pairs.items() if pair.experts}
+    counts = {pair.experts: name for name, pair in stacks.items()}
+    if len(counts) > 1:
+        (one, name), (other, other_name), *_ = counts.items()
+        raise CheckpointError(f"{path}: {name} has {one} experts, but {other_name} has {other}")
+    modules = {name.rpartition(".")[0] for name in stacks}
+    for name, pair in pairs.items():
+        expert = EXPERT.fullmatch(name)
+        if expert and expert["experts"] in modules:
+            raise CheckpointError(
+                f"{path}: tensor {pair.a} is one expert's, others of {expert['experts']} are stacked"
+            )
+    for name, pair in stacks.items():
+        out = entries[pair.b].shape[0]
+        if not name.endswith("gate_up_proj"):
+            continue
+        down = stacks.get(name.replace("gate_up_proj", "down_proj"))
+        hidden, width = entries[pair.a].shape[1], out // 2
+        found = (entries[down.b].shape[0], entries[down.a].shape[1]) if down else (hidden, width)
+        if out % 2 or found != (hidden, width):
+            raise CheckpointError(f"{path}: tensor {pair.b} has {out} rows, which do not fit the other factors")

@@ -1,0 +1,253 @@
+"""An adapter merged into a checkpoint while it is converted, tensor by tensor: `W + scaling * B A`.
+
+The arithmetic is that of PEFT's `merge_and_unload` with an adapter in float32, which is how PEFT loads it: the product
+in float32, then the sum rounded to the weight's type; before that, for parameters that are not a linear layer's, the
+product too. FP8 weights are dequantized first.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.checkpoint_layout import MTP_COPIES
+from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
+
+from ..engine.operations import Copy, Dequantize, Quantize, Recipe
+from ..engine.plan import Step, TensorSpec
+from ..engine.source import SourceCheckpoint
+from ..engine.writing import Reader
+from .esft import ESFT_CONFIG, EsftAdapter, open_esft, replaced_by
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraAdapter, Pair, open_adapter
+from .overlay import overlaid
+
+# Both factors of both stacked weights of a layer, however its experts are mixed in a file.
+_FACTORS_IN_MEMORY = 4
+
+
+class Factors:
+    """The factors of an adapter, read when a weight needs them."""
+
+    def __init__(self, adapter: LoraAdapter):
+        self._adapter = adapter
+        self.read = functools.lru_cache(_FACTORS_IN_MEMORY)(self._read)
+
+    def _read(self, key: str) -> torch.Tensor:
+        with Reader(self._adapter) as reader:
+            return reader.read(key).float()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to one weight.
+
+    Attributes:
+        factors: of the adapter.
+        pair: where A and B are.
+        is_parameter: whether PEFT adapts the weight as a bare parameter, as transformers has those of experts; it then
+            rounds the product by itself.
+        expert: whose part of stacked factors it is.
+        rows: first and last but one row of B that belong to the weight; None for all.
+    """
+
+    factors: Factors
+    pair: Pair
+    is_parameter: bool
+    expert: int = 0
+    rows: tuple[int, int] | None = None
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B `(out, r)` and A `(r, in)` in float32."""
+        a, b = self.factors.read(self.pair.a), self.factors.read(self.pair.b)
+        b = b[slice(*self.rows)] if self.rows else b
+        experts = self.pair.experts or 1
+        return b.view(len(b), -1, experts)[..., self.expert].contiguous(), a.chunk(experts)[self.expert]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A weight plus the product of two factors; `before` makes the weight, `after` the outputs of the sum."""
+
+    before: Recipe
+    delta: Delta
+    after: Recipe
+
+    def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.after.apply(self._merged(*self.before.apply(*sources)))
+
+    def problem(self, sources, outputs) -> str | None:
+        """Holds the sum to a float64 one by what rounding it costs, then the outputs to the sum."""
+        (weight,) = self.before.apply(*sources)
+        merged = self._merged(weight).double()
+        b, a = (factor.double() for factor in self.delta.matrices())
+        scaling = self.delta.pair.scaling
+        product, terms = scaling * (b @ a), abs(scaling) * (b.abs() @ a.abs())
+        limits = torch.finfo(weight.dtype)
+        bound = limits.eps * (weight.double().abs() + 2 * product.abs()) + limits.tiny
+        bound += (a.shape[0] + 2) * torch.finfo(torch.float32).eps * terms
+        beyond = ~((merged - (weight.double() + product)).abs() <= bound)
+        if beyond.any():
+            return f"{int(beyond.sum())} values are further off W + B A than rounding"
+        return self.after.problem((merged.to(weight.dtype),), outputs)
+
+    def _merged(self, weight: torch.Tensor) -> torch.Tensor:
+        b, a = self.delta.matrices()
+        product = (b @ a) * self.delta.pair.scaling
+        if self.delta.is_parameter:
+            product = product.to(weight.dtype)
+        merged = (weight + product).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError("holds values that are not finite when the adapter is merged")
+        return merged
+
+
+@dataclass(frozen=True)
+class AppliedAdapter:
+    """A checkpoint with what an adapter does to it.
+
+    Attributes:
+        source: the checkpoint, with the tensors that the adapter replaces.
+        adapter: what is applied; None if nothing is.
+        deltas: what is added to weights, by their names.
+        only: modules whose LoRA is merged; empty for all.
+    """
+
+    source: SourceCheckpoint
+    adapter: LoraAdapter | EsftAdapter | None = None
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+
+    @property
+    def without_logits(self) -> str:
+        """Why no tokens can be run through source and result to compare them."""
+        return "an adapter was merged, so the source computes something else" if self.adapter else ""
+
+    def step(self, name: str, step_of: Callable[[str], Step | None]) -> Step | None:
+        """The step of tensor `name` with its `Delta` in it; `step_of` gives the step without."""
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if weight not in self.deltas or (name != weight and not self.source.is_fp8(weight)):
+            return step_of(name)
+        if name != weight:
+            return None  # made with its weight, or not at all
+        delta, step = self.deltas[weight], step_of(name)
+        if isinstance(step.recipe, Dequantize):
+            return dataclasses.replace(step, recipe=Merge(step.recipe, delta, Copy()))
+        if not self.source.is_fp8(name):
+            return dataclasses.replace(step, recipe=Merge(Copy(), delta, step.recipe))
+        block, (spec,) = self.source.block, step.outputs
+        scale_fmt = (self.source.config_json.get("quantization_config") or {}).get("scale_fmt")
+        if self.source.dtype(name + SCALE_SUFFIX) != torch.float32 or scale_fmt == "ue8m0":
+            raise CheckpointError(
+                f"{self.source.folder}: {name} has ue8m0 scales, and quantizing after a merge makes float32 ones; "
+                "give --to bf16"
+            )
+        scale = TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(spec.shape, block))
+        recipe = Merge(Dequantize(torch.bfloat16, block), delta, Quantize(block))
+        return Step(recipe, (name, name + SCALE_SUFFIX), (spec, scale))
+
+
+def apply_adapter(source: SourceCheckpoint, folder: str | os.PathLike, only: tuple[str, ...] = ()) -> AppliedAdapter:
+    """What an adapter folder does to a checkpoint: a LoRA adapter of PEFT, stacked or per expert, or an ESFT adapter.
+
+    Args:
+        source: the base.
+        folder: with `adapter_config.json` or `expert_cfg.json`.
+        only: names that the merged modules end with, such as "kv_b_proj"; by default every tensor of the adapter must
+            find its weight.
+
+    Raises:
+        CheckpointError: the adapter is broken, or does not fit the checkpoint; names file and tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if (folder / ESFT_CONFIG).is_file():
+        esft = open_esft(folder)
+        if only:
+            raise CheckpointError(
+                f"{folder} is an ESFT adapter, which is merged as a whole, not only {', '.join(only)}"
+            )
+        return AppliedAdapter(overlaid(source, esft, replaced_by(esft, source)), esft)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} has neither {ADAPTER_CONFIG} nor {ESFT_CONFIG}")
+    adapter = open_adapter(folder)
+    pairs = {name: pair for name, pair in adapter.pairs.items() if _is_chosen(name, only)}
+    saved = {
+        weight: key
+        for name, key in adapter.saved.items()
+        if _is_chosen(name.rpartition(".")[0], only)
+        for weight in _with_copies(source, _published(name))
+    }
+    if not pairs and not saved:
+        modules = sorted({name.rpartition(".")[2] for name in adapter.pairs})
+        raise CheckpointError(f"{folder}: --only {','.join(only)} names nothing of it; it has {', '.join(modules)}")
+    deltas = _deltas(source, adapter, pairs)
+    return AppliedAdapter(overlaid(source, adapter, saved), adapter, deltas, only)
+
+
+def _is_chosen(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(f".{name}".endswith(f".{module}") for module in only)
+
+
+def _published(name: str) -> str:
+    """A name of the model's, as checkpoints have it; adapters of a model without a head leave out `model.`."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def _with_copies(source: SourceCheckpoint, name: str) -> list[str]:
+    """A tensor and what MTP modules repeat of it, since they share embedding and head with the model."""
+    first, count = source.config.num_hidden_layers, source.config.num_nextn_predict_layers
+    copies = [copy for copy, original in MTP_COPIES.items() if original == name]
+    repeated = [f"model.layers.{layer}.{copy}" for layer in range(first, first + count) for copy in copies]
+    return [name, *(copy for copy in repeated if copy in source.entries)]
+
+
+def _deltas(source: SourceCheckpoint, adapter: LoraAdapter, pairs: dict[str, Pair]) -> dict[str, Delta]:
+    factors, deltas = Factors(adapter), {}
+    for name, pair in pairs.items():
+        whole = Delta(factors, pair, name in adapter.parameters or ".mlp.experts." in name)
+        if pair.experts:
+            parts = _expert_parts(source, adapter, name, whole)
+        else:
+            parts = dict.fromkeys(_with_copies(source, f"{_published(name)}.weight"), whole)
+        for weight, delta in parts.items():
+            entry = source.entries.get(weight)
+            columns = adapter.entries[pair.a].shape[1]
+            first, end = delta.rows or (0, adapter.entries[pair.b].shape[0])
+            path = adapter.folder / ADAPTER_WEIGHTS
+            if entry is None:
+                raise CheckpointError(
+                    f"{path}: tensor {pair.a} belongs to {weight}, which {source.folder} does not have"
+                )
+            if entry.shape != (end - first, columns):
+                raise CheckpointError(
+                    f"{path}: tensors {pair.a} and {pair.b} make {[end - first, columns]}, but {weight} is "
+                    f"{list(entry.shape)}"
+                )
+            if weight in deltas:
+                raise CheckpointError(f"{path}: {weight} has more than one pair of factors")
+            deltas[weight] = delta
+    return deltas
+
+
+def _expert_parts(source: SourceCheckpoint, adapter: LoraAdapter, name: str, whole: Delta) -> dict[str, Delta]:
+    """The share of every expert and projection in the delta of a stacked weight."""
+    experts, stacked = _published(name).rsplit(".", 1)
+    count, rows = whole.pair.experts, adapter.entries[whole.pair.b].shape[0]
+    if count != source.config.n_routed_experts:
+        raise CheckpointError(
+            f"{adapter.folder / ADAPTER_WEIGHTS}: tensor {whole.pair.a} is that of {count} experts of rank "
+            f"{whole.pair.rank}, but {source.folder} has n_routed_experts={source.config.n_routed_experts}"
+        )
+    is_gate_up = stacked == "gate_up_proj"
+    halves = {"gate": (0, rows // 2), "up": (rows // 2, rows)} if is_gate_up else {"down": (0, rows)}
+    return {
+        f"{experts}.{e}.{part}_proj.weight": dataclasses.replace(whole, expert=e, rows=half)
+        for e in range(count)
+        for part, half in halves.items()
+    }

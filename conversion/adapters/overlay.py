@@ -1,0 +1,73 @@
+"""A checkpoint some of whose tensors are those of another folder."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
+
+from ..engine.source import SourceCheckpoint, TensorFolder
+
+
+@dataclass(frozen=True)
+class OverlaidCheckpoint(SourceCheckpoint):
+    """As `SourceCheckpoint`; what is replaced has its own file in `file_of` and belongs to the file it replaces.
+
+    Attributes:
+        base: the checkpoint below.
+    """
+
+    base: SourceCheckpoint
+
+    @cached_property
+    def names_of_file(self) -> dict[str, list[str]]:
+        files = self.base.names_of_file.items()
+        return {file: [name for name in names if name in self.entries] for file, names in files}
+
+    def is_whole(self, file: str) -> bool:
+        names = self.base.names_of_file[file]
+        return all(self.file_of.get(name) == file for name in names)
+
+
+def overlaid(base: SourceCheckpoint, other: TensorFolder, keys: dict[str, str]) -> SourceCheckpoint:
+    """`base` with tensors of `other` in place of its own.
+
+    Args:
+        base: a checkpoint under published names.
+        other: where the new tensors are.
+        keys: what each replaced tensor, scales of FP8 weights included, is called in `other`.
+
+    Raises:
+        CheckpointError: a tensor that `base` does not have, or of another shape, or FP8 where the base is not.
+    """
+    if not keys:
+        return base
+    if type(base) is not SourceCheckpoint:
+        raise CheckpointError(
+            f"{base.folder} is not under the published names, so {other.folder} cannot replace tensors of it; convert "
+            "it to bf16 first"
+        )
+    file_of, entries = dict(base.file_of), dict(base.entries)
+    for name, key in keys.items():
+        path = other.folder / other.file_of[key]
+        if name not in base.entries:
+            raise CheckpointError(f"{path}: tensor {key} replaces {name}, which {base.folder} does not have")
+        shape, expected = other.entries[key].shape, base.entries[name].shape
+        if shape != expected:
+            raise CheckpointError(f"{path}: tensor {key} is {list(shape)} instead of {list(expected)}")
+        if other.is_fp8(key) and not base.is_fp8(name):
+            raise CheckpointError(
+                f"{path}: tensor {key} is FP8, but that of {base.folder} is not; convert one of them"
+            )
+        if base.is_fp8(name) and not other.is_fp8(key):
+            del entries[name + SCALE_SUFFIX], file_of[name + SCALE_SUFFIX]
+        file_of[name], entries[name] = str(path), other.entries[key]
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    return OverlaidCheckpoint(**{**fields, "file_of": file_of, "entries": entries}, base=base)
+
+
+def is_below(folder: Path, parent: Path) -> bool:
+    """Whether `folder` is `parent` or lies in it, links resolved."""
+    return folder.resolve().is_relative_to(parent.resolve())

@@ -1,0 +1,97 @@
+"""Recipes for tensors that lie in slices: those of model-parallel ranks. Each wraps the recipe of the whole tensor."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .operations import Copy, Recipe, difference
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """One of `count` equal slices of what `recipe` makes, along `dim`."""
+
+    recipe: Recipe
+    dim: int
+    index: int
+    count: int
+
+    def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self._slice(whole) for whole in self.recipe.apply(*sources))
+
+    def problem(self, sources, outputs) -> str | None:
+        whole = self.recipe.apply(*sources)
+        slices = zip(outputs, map(self._slice, whole), strict=True)
+        return self.recipe.problem(sources, whole) or next(filter(None, (difference(*pair) for pair in slices)), None)
+
+    def _slice(self, whole: torch.Tensor) -> torch.Tensor:
+        size = whole.shape[self.dim] // self.count
+        return whole.narrow(self.dim, self.index * size, size).contiguous()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where the slices of one tensor are.
+
+    Attributes:
+        names: of the slices in order, or of copies that must be the same.
+        dim: along which they are joined; None for copies.
+        files: the names' files.
+    """
+
+    names: tuple[str, ...]
+    dim: int | None
+    files: tuple[str, ...]
+
+    def join(self, slices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The whole tensor.
+
+        Raises:
+            ValueError: copies that differ; says between which files.
+        """
+        if self.dim is not None:
+            parts = [part.view(torch.uint8) for part in slices]  # torch joins no float8
+            return torch.cat(parts, self.dim).view(slices[0].dtype)
+        for file, part in zip(self.files, slices, strict=True):
+            if not torch.equal(part.view(torch.uint8), slices[0].view(torch.uint8)):
+                raise ValueError(f"is not the same in {self.files[0]} and {file}")
+        return slices[0]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What `recipe` makes of tensors that are joined from `pieces`."""
+
+    recipe: Recipe
+    pieces: tuple[Pieces, ...]
+
+    def join(self, slices: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The sources of `recipe`, from all slices one behind the other."""
+        rest, whole = list(slices), []
+        for pieces in self.pieces:
+            count = len(pieces.names)
+            whole.append(pieces.join(tuple(rest[:count])))
+            del rest[:count]
+        return tuple(whole)
+
+    def apply(self, *slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.recipe.apply(*self.join(slices))
+
+    def problem(self, sources, outputs) -> str | None:
+        if not isinstance(self.recipe, Copy):
+            return self.recipe.problem(self.join(sources), outputs)
+        # Cut rather than joined, so that a check does not repeat a mistake of `join`.
+        pieces = self.pieces[0]
+        if pieces.dim is None:
+            parts = [outputs[0]] * len(sources)
+        else:
+            parts = outputs[0].view(torch.uint8).chunk(len(sources), pieces.dim)
+            parts = [part.contiguous().view(outputs[0].dtype) for part in parts]
+        return next(filter(None, map(difference, parts, sources)), None)
+
+
+def innermost(recipe: Recipe) -> Recipe:
+    """The recipe of the whole tensor."""
+    while isinstance(recipe, Sliced | Joined):
+        recipe = recipe.recipe
+    return recipe

@@ -1,0 +1,1 @@
+"""Rows to tokens: read, checked, rendered, packed, held out."""

@@ -1,0 +1,255 @@
+"""Training rows to token ids and labels.
+
+A row is a JSON object (a line of a JSONL file, or a row of a Hub data set) of one of three kinds:
+
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}   learns the assistant's turns
+    {"prompt": ..., "completion": ...}                                             learns the completion
+    {"text": ...}                                                                  learns everything
+
+`messages` go through the tokenizer's chat template (with the row's `tools`, if any), the other kinds get BOS in front,
+and no row has BOS twice. Where learning ends a row, EOS follows, unless the row was cut to `max_length`. The learned
+part is tokenized apart from what precedes it, so the model sees the prompt's tokens exactly as when it will generate.
+An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
+leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
+
+Rows of preferences, for the `dpo` section, are in `preference_rows.py`.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets.exceptions import DatasetGenerationError
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..recipe.load import Recipe
+from ..recipe.values import RecipeError
+from ..runs.folder import write_text
+from .chat import IGNORED, encode, encode_fitting
+from .packing import PACKED, flatten, pack
+from .preferences import encode_preference
+from .report import CUT_AWAY, TOO_LONG, RowError, RowReport, save_report
+from .sources import open_rows
+
+__all__ = ["IGNORED", "RunRows", "collator", "encode", "load_data", "recipe_rows"]
+
+_ENCODERS = {"learn": encode_fitting, "prefer": encode_preference}
+_COLUMNS = {"learn": ("input_ids", "labels"), "prefer": ("prompt_ids", "chosen_ids", "rejected_ids")}
+_SHUFFLED = 1000  # rows of a stream that are shuffled at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read; the fields are those of `Recipe`, and `kind` is "learn" or "prefer"."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    long_rows: str = "cut"
+    bad_rows: str = "stop"
+    kind: str = "learn"
+
+    @property
+    def features(self) -> datasets.Features:
+        return datasets.Features({name: datasets.List(datasets.Value("int32")) for name in _COLUMNS[self.kind]})
+
+    def digest(self, mark: str) -> str:
+        """What tells these rows from all others, as 64 hexadecimal digits."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        rules = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.kind, self.max_length]
+        rules += [self.long_rows, self.bad_rows]
+        return hashlib.sha256("\0".join([mark, words, json.dumps(rules)]).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class RunRows:
+    """What a run learns from (`train`), what it measures its loss on (`eval`, or None), and what its Trainer needs."""
+
+    train: datasets.Dataset | datasets.IterableDataset
+    eval: datasets.Dataset | None
+    callbacks: list[TrainerCallback] = dataclasses.field(default_factory=list)
+
+
+def load_data(
+    source: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cache_dir: str | os.PathLike[str],
+    **rules: str,
+) -> datasets.Dataset:
+    """Rows of a JSONL file or of a Hub data set as `input_ids` and `labels` (-100 where nothing is learned).
+
+    Args:
+        source: path of a JSONL file, else the Hub name of a data set.
+        split: of the Hub data set.
+        tokenizer: needs a chat template where rows have `messages`.
+        max_length: longer rows are cut; a row with nothing to learn in what is left is left out, as a table says.
+        cache_dir: where the tokenized rows are kept, for the next call with the same arguments.
+        rules: `long_rows` and `bad_rows` as in `Recipe`, "cut" and "stop" by default.
+
+    Raises:
+        RecipeError: no such file or data set, no rows; or a row that ends the reading by these rules, with its line.
+    """
+    data, report = _load(source, split, Reading(tokenizer, max_length, **rules), cache_dir)
+    report.show()
+    return data
+
+
+def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RunRows:
+    """A recipe's rows. What was cut or left out is shown, and kept in the folder's `data_report.json`."""
+    cache = folder / "data"
+    kind = "prefer" if recipe.dpo else "learn"
+    reading = Reading(tokenizer, recipe.max_length, recipe.long_rows, recipe.bad_rows, kind)
+    reports, held_out = {}, None
+    if recipe.eval_data:
+        held_out, reports["eval_data"] = _load(recipe.eval_data, recipe.eval_split, reading, cache)
+    if recipe.streaming:
+        train, report = _stream(recipe.data, recipe.data_split, reading)
+        keep = KeepReport({"data": report, **reports}, folder, eval_rows=len(held_out) if held_out else 0)
+        if PartialState().is_main_process:
+            keep.write()
+        train = train.shuffle(seed=recipe.seed, buffer_size=_SHUFFLED)
+        return RunRows(pack(train, recipe.max_length) if recipe.packing else train, held_out, [keep])
+    train, report = _load(recipe.data, recipe.data_split, reading, cache)
+    share = 0 if recipe.eval_data else max(1, round(len(train) * recipe.eval_fraction)) if recipe.eval_fraction else 0
+    if share and len(train) > 1:
+        parts = train.train_test_split(test_size=share, seed=recipe.seed)
+        train, held_out = parts["train"], parts["test"]
+    rows = len(train)
+    train = pack(train, recipe.max_length) if recipe.packing else train
+    if PartialState().is_main_process:
+        reports = {"data": report, **reports}
+        for report in reports.values():
+            report.show()
+        packed = len(train) if recipe.packing else None
+        save_report(reports, folder, train_rows=rows, packed_into=packed, eval_rows=len(held_out) if held_out else 0)
+    return RunRows(train, held_out)
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None
+) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
+    """Pads `input_ids` on the right and `labels` with -100; EOS stands in for a missing padding token.
+
+    Packed rows are not padded but put into one row.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padded = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=pad_to_multiple_of, label_pad_token_id=IGNORED)
+    return lambda rows: flatten(rows) if PACKED in rows[0] else padded(rows)
+
+
+class KeepReport(TrainerCallback):
+    """Writes the report on streamed rows at each checkpoint, and shows it at the end."""
+
+    def __init__(self, reports: dict[str, RowReport], folder: Path, eval_rows: int):
+        self.reports, self.folder, self.eval_rows = reports, folder, eval_rows
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.write()
+            for report in self.reports.values():
+                report.show()
+
+    def write(self) -> None:
+        save_report(self.reports, self.folder, train_rows=None, packed_into=None, eval_rows=self.eval_rows)
+
+
+def _load(
+    source: str, split: str, reading: Reading, cache_dir: str | os.PathLike[str]
+) -> tuple[datasets.Dataset, RowReport]:
+    rows, mark = open_rows(source, split)
+    name, report = reading.digest(mark)[:32], RowReport(source)
+    kept_report = Path(cache_dir) / f"{name}.json"
+    try:
+        data = datasets.Dataset.from_generator(
+            _cached_rows,
+            features=reading.features,
+            cache_dir=os.fspath(cache_dir),
+            gen_kwargs={"rows": rows(), "reading": reading, "report": report, "kept_report": kept_report},
+            fingerprint=name,
+        )
+    except DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, RecipeError) else error) from None
+    return data, RowReport(**json.loads(kept_report.read_text(encoding="utf-8")))
+
+
+def _cached_rows(
+    rows: Iterable[tuple[str, Any]], reading: Reading, report: RowReport, kept_report: Path
+) -> Iterator[dict[str, list[int]]]:
+    yield from _token_rows(rows, reading, report)
+    # Before the data set counts as written: what finds that in the cache finds the report, too.
+    write_text(kept_report, json.dumps(dataclasses.asdict(report)))
+
+
+def _stream(source: str, split: str, reading: Reading) -> tuple[datasets.IterableDataset, RowReport]:
+    """Rows that are read over and over while they are asked for, and the report on the first time."""
+    rows, _ = open_rows(source, split, streaming=True)
+    report = RowReport(source)
+
+    def endless() -> Iterator[dict[str, list[int]]]:
+        while True:
+            here = RowReport(source)
+            for row in _token_rows(rows(), reading, here):
+                if not report.complete:
+                    report.take(here)
+                yield row
+            if not report.complete:
+                report.take(here)
+
+    return datasets.IterableDataset.from_generator(endless, features=reading.features), report
+
+
+def _token_rows(
+    rows: Iterable[tuple[str, Any]], reading: Reading, report: RowReport
+) -> Iterator[dict[str, list[int]]]:
+    for where, row in rows:
+        report.read += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            encoded, made = _ENCODERS[reading.kind](row, reading.tokenizer, reading.max_length, reading.long_rows)
+        except RowError as error:
+            if error.reason == TOO_LONG and reading.long_rows == "stop":
+                raise RecipeError(f"{report.source}, {where}: {error}; `long_rows: cut` or `skip` goes on") from error
+            if error.reason not in (TOO_LONG, CUT_AWAY) and reading.bad_rows == "stop":
+                raise RecipeError(f"{report.source}, {where}: {error} (`bad_rows: skip` goes on without)") from error
+            report.leave_out(where, error)
+            continue
+        report.kept += 1
+        report.cut += made == "cut"
+        report.split += made == "split"
+        for part in encoded:
+            answers = [part[name] for name in ("labels", "chosen_ids", "rejected_ids") if name in part]
+            report.tokens += sum(len(ids) for name, ids in part.items() if name != "labels")
+            report.learned_tokens += sum(label != IGNORED for ids in answers for label in ids)
+            yield part
+    report.complete = True
+    if not report.kept:
+        report.show()
+        raise RecipeError(f"data {report.source!r} has no rows to learn from (max_length={reading.max_length})")

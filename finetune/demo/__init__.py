@@ -1,0 +1,1 @@
+"""The demo: a task, a small base, a local Hub."""

@@ -1,0 +1,1 @@
+"""How good a model is: metrics, perplexity, benchmarks, and talking to it."""

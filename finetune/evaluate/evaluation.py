@@ -1,0 +1,277 @@
+"""`deepseek-moe evaluate`: benchmarks, perplexity of a text, and a metric of one's own, before and after in one table.
+
+`evaluation.json` holds
+
+    model, adapter, base, dtype   what ran; `base` is what `before` was measured on
+    text, data, tasks             what was measured, null for what was not
+    before, after                 numbers by name: `text perplexity`, `data exact_match`, `<task> acc`; `before` is
+                                  null where there was one model only
+
+and `answers.jsonl` of each row of `--data` the prompt, the reference and what the models said.
+"""
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..model.use import load_for_use, put_adapter
+from ..recipe.values import RecipeError, first_line
+from ..runs.folder import write_text
+from .answers import Question, counting_bar, generate_answers, questions_of, text_of
+from .harness import load_tasks, run_tasks
+from .metrics import find_metric, score_answers
+from .perplexity import read_text, score_text
+
+REPORT, ANSWERS = "evaluation.json", "answers.jsonl"
+
+
+class _Plan(NamedTuple):
+    """What is measured on each model."""
+
+    tasks: tuple[Any, list[str]] | None
+    text: str | None
+    window: int | None
+    stride: int | None
+    questions: list[Question]
+    metric: str
+    limit: int | None
+    batch_size: int
+    max_new_tokens: int | None
+    chat_template: bool
+
+
+class _Measured(NamedTuple):
+    scores: dict[str, float]
+    answers: list[str]
+
+
+def evaluate_model(
+    model: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    tasks: list[str] | None = None,
+    chat_template: bool = False,
+    text: str | os.PathLike[str] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    data: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    metric: str | os.PathLike[str] | None = None,
+    max_new_tokens: int | None = None,
+    before: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    output: str | os.PathLike[str] = "evaluation",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measure a model, and what it came from, and print both.
+
+    Args:
+        model: local folder or Hub name.
+        adapter: folder or Hub name of an adapter to put on it; then `before` is the model without it.
+        tasks: names of the LM Evaluation Harness' tasks, or paths of task files.
+        chat_template: ask the tasks' questions through the tokenizer's chat template.
+        text: file whose perplexity is measured; `perplexity.py` says how.
+        window, stride: of that, in tokens.
+        data: JSONL file or Hub data set with answers; `answers.py` says what is asked.
+        split: of a Hub data set.
+        metric: judges the answers; `metric_scripts.py` says what it can be. By default exact_match.
+        max_new_tokens: of an answer; by default twice the longest reference.
+        before: a second model, to compare with.
+        limit: at most so many rows of `data`, evenly spread, and so many documents of each task.
+        batch_size: questions or windows in one batch.
+        output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call.
+        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+
+    Returns:
+        What `evaluation.json` holds, see the module's docstring.
+
+    Raises:
+        RecipeError: an argument, a model, the data or the metric cannot be used; one line says why.
+    """
+    if metric is not None and data is None:
+        raise RecipeError("--metric judges answers to the rows of --data: name these as well")
+    if not (tasks is not None or text or data):
+        raise RecipeError("nothing to measure: name --tasks, --text or --data")
+    for name, value in (("--limit", limit), ("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise RecipeError(f"{name} is {value}: it is 1 at least")
+    metric = os.fspath(metric or "exact_match")
+    if data is not None:
+        find_metric(metric)
+    with _folder(Path(output).expanduser()) as folder:
+        tokenizer = _tokenizer(os.fspath(model))
+        plan = _Plan(
+            tasks=None if tasks is None else load_tasks(tasks),
+            text=None if text is None else read_text(Path(text).expanduser()),
+            window=window,
+            stride=stride,
+            questions=[] if data is None else questions_of(os.fspath(data), split, tokenizer, limit),
+            metric=metric,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            chat_template=chat_template,
+        )
+        one, other = _measure_both(model, adapter, before, dtype, tokenizer, plan)
+        base = before if before is not None else model if adapter is not None else None
+        report = {
+            "model": os.fspath(model),
+            "adapter": None if adapter is None else os.fspath(adapter),
+            "base": None if base is None else os.fspath(base),
+            "dtype": dtype,
+            "text": None if text is None else {"file": os.fspath(text), "bytes": len(plan.text.encode())},
+            "data": None
+            if data is None
+            else {"source": os.fspath(data), "rows": len(plan.questions), "metric": metric},
+            "tasks": tasks,
+            "limit": limit,
+            "before": None if one is None else one.scores,
+            "after": other.scores,
+        }
+        if plan.questions:
+            rows = _answer_rows(plan.questions, tokenizer, one, other)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(folder / ANSWERS, "".join(lines))
+        write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print_scores(report, folder)
+    return report
+
+
+def print_scores(report: dict[str, Any], folder: Path) -> None:
+    """The table, and where the files are."""
+    before, after = report["before"], report["after"]
+    name = Path(report["model"]).name + (f" with {Path(report['adapter']).name}" if report["adapter"] else "")
+    table = Table(title=Text(name))
+    table.add_column("measure", overflow="fold")
+    for column in ("score",) if before is None else ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    for measure, value in after.items():
+        if measure.endswith("_stderr"):
+            continue
+        if before is None:
+            table.add_row(Text(measure), f"{value:.4f}")
+        else:
+            old = before[measure]
+            table.add_row(Text(measure), f"{old:.4f}", f"{value:.4f}", f"{value - old:+.4f}")
+    console = Console()
+    console.print(table)
+    if report["base"] is not None:
+        console.print(Text(f"before: {report['base']}"), soft_wrap=True)
+    for file in (REPORT, ANSWERS) if report["data"] else (REPORT,):
+        console.print(Text(f"{folder / file}"), soft_wrap=True)
+
+
+def _measure_both(
+    model: Any, adapter: Any, before: Any, dtype: str, tokenizer: PreTrainedTokenizerBase, plan: _Plan
+) -> tuple[_Measured | None, _Measured]:
+    """Before, None if there is but one model, and after; never are two models in memory."""
+    one = None
+    if before is not None:
+        network, its_tokenizer = load_for_use(before, dtype)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise RecipeError(
+                f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
+                "the same tokens: evaluate each by itself"
+            )
+        one = _measure(network, tokenizer, plan, "before: ")
+        del network
+        gc.collect()
+    network, _ = load_for_use(model, dtype)
+    if adapter is not None:
+        if before is None:
+            one = _measure(network, tokenizer, plan, "before: ")
+        network = put_adapter(network, adapter).eval()
+    return one, _measure(network, tokenizer, plan, "after: " if one else "")
+
+
+def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: _Plan, title: str) -> _Measured:
+    scores, answers = {}, []
+    if plan.text is not None:
+        with counting_bar() as progress:
+            task = progress.add_task(f"{title}windows", total=None)
+            found = score_text(
+                model,
+                tokenizer,
+                plan.text,
+                window=plan.window,
+                stride=plan.stride,
+                batch_size=plan.batch_size,
+                show=lambda done, of: progress.update(task, completed=done, total=of),
+            )
+        scores |= {
+            "text loss": found.nats / found.tokens,
+            "text perplexity": found.perplexity,
+            "text bits_per_byte": found.bits_per_byte,
+        }
+    if plan.questions:
+        answers = generate_answers(
+            model,
+            tokenizer,
+            plan.questions,
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=plan.batch_size,
+            title=f"{title}answers",
+        )
+        references = [text_of(question.reference, tokenizer) for question in plan.questions]
+        scores |= {f"data {key}": value for key, value in score_answers(plan.metric, answers, references).items()}
+    if plan.tasks is not None:
+        manager, names = plan.tasks
+        scores |= run_tasks(
+            model,
+            tokenizer,
+            manager,
+            names,
+            limit=plan.limit,
+            batch_size=plan.batch_size,
+            chat_template=plan.chat_template,
+        )
+    return _Measured(scores, answers)
+
+
+def _answer_rows(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, one: _Measured | None, other: _Measured
+) -> Iterator[dict[str, str]]:
+    for number, question in enumerate(questions):
+        row = {
+            "prompt": tokenizer.decode(question.prompt),
+            "reference": text_of(question.reference, tokenizer),
+        }
+        if one is not None:
+            row["before"] = one.answers[number]
+        yield row | {"answer": other.answers[number]}
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"cannot load model {model!r}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[Path]:
+    """The output folder; one that was made for nothing goes away again."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output folder {folder} is a file: name another")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"cannot write to output folder {folder}: {error.strerror}") from error
+    try:
+        yield folder
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise

@@ -1,0 +1,1 @@
+"""Which experts serve which data: counted, drawn, scored, chosen for ESFT."""

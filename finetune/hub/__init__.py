@@ -1,0 +1,1 @@
+"""Publishing: what is staged, checked and uploaded."""

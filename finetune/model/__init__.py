@@ -1,0 +1,1 @@
+"""What touches modules: loading, LoRA, four bits, ESFT layers, counting and balancing experts."""

@@ -1,0 +1,54 @@
+"""The model that a recipe names, with the part of it that is to be trained."""
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_deepseek_moe import DeepseekMoeForCausalLM
+
+from ..recipe.load import Recipe
+from ..recipe.values import RecipeError, first_line
+from .chosen_experts import is_specialized
+from .lora import known_warnings, lora_config
+from .quantization import quantization_options
+
+
+def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, from a local folder or the Hub."""
+    choices = {
+        "attn_implementation": recipe.attn_implementation,
+        "experts_implementation": recipe.experts_implementation,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        model = DeepseekMoeForCausalLM.from_pretrained(
+            recipe.model,
+            dtype=recipe.dtype,
+            **{key: value for key, value in choices.items() if value},
+            **quantization_options(recipe),
+            **recipe.losses,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise RecipeError(
+            f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
+            f"{len(tokenizer)} tokens: they do not belong together"
+        )
+    return model, tokenizer
+
+
+def trains_adapter(model: nn.Module) -> bool:
+    """Whether only a part of the model is trained, which is saved apart from it: LoRA, or ESFT's experts."""
+    return isinstance(model, PeftModel) or is_specialized(model)
+
+
+def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """The model with LoRA on the recipe's targets; unchanged if it names none."""
+    if not recipe.lora:
+        return model
+    try:
+        with known_warnings():
+            return get_peft_model(model, lora_config(model, **recipe.lora))
+    except ValueError as error:
+        raise RecipeError(f"`lora.*`: {first_line(error)}") from error

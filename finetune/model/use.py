@@ -1,0 +1,73 @@
+"""Models as they are used, not trained: loaded from a folder or the Hub, with an adapter on it."""
+
+import os
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.expert_lora import load_adapter
+
+from ..recipe.load import make_recipe
+from ..recipe.values import RecipeError
+from .esft_adapter import esft_folder, load_esft_adapter
+from .load import load
+from .lora import known_warnings
+
+
+def load_for_use(
+    model: str | os.PathLike[str], dtype: str = "auto", adapter: str | os.PathLike[str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        model: local folder or Hub name.
+        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        adapter: folder or Hub name of an adapter to put on it.
+
+    Raises:
+        RecipeError: the model or the adapter cannot be loaded, or they do not belong together.
+    """
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise RecipeError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
+    network, tokenizer = load(make_recipe({"model": os.fspath(model), "data": "", "output_dir": "", "dtype": dtype}))
+    if adapter is not None:
+        network = put_adapter(network, adapter)
+    if torch.cuda.is_available():
+        network.to("cuda")
+    return network.eval(), tokenizer
+
+
+def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model with an adapter in place.
+
+    Args:
+        adapter: folder or Hub name of a LoRA or ESFT adapter.
+
+    Raises:
+        RecipeError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
+    """
+    adapter = os.fspath(adapter)
+    if folder := esft_folder(adapter):
+        try:
+            return load_esft_adapter(model, folder)
+        except (CheckpointError, ValueError) as error:
+            raise RecipeError(f"cannot put adapter {adapter!r} on the model: {error}") from error
+    try:
+        with known_warnings():
+            adapted = load_adapter(model, adapter)
+        found = load_peft_weights(adapter, device="cpu").keys()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise RecipeError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
+    if adapted.active_peft_config.is_prompt_learning:
+        raise RecipeError(f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here")
+    # PEFT leaves out in silence what the model has no place for.
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if other := sorted(name for name in found - own if "lora_" in name):
+        raise RecipeError(f"adapter {adapter!r} does not fit the model, which has no place for {other[0]}")
+    return adapted.get_base_model()

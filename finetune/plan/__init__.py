@@ -1,0 +1,1 @@
+"""Whether a recipe fits, on the GPU and on the disk."""

@@ -1,0 +1,145 @@
+"""The sections of a recipe and what may stand in each: fields of other libraries' classes, by their own names."""
+
+import dataclasses
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .values import RecipeError
+
+SECTIONS = ("lora", "esft", "dpo", "losses", "training")
+# Fields of `DeepseekMoeConfig` that only training reads.
+_LOSSES = (
+    "aux_loss_alpha",
+    "aux_loss_type",
+    "seq_aux",
+    "device_loss_alpha",
+    "communication_loss_alpha",
+    "balance_devices",
+    "aux_loss_counts_padding",
+    "mtp_loss_weight",
+)
+OWN_INSTEAD = {
+    "output_dir": "set `output_dir`",
+    "seed": "set `seed`",
+    "gradient_checkpointing": "set `gradient_checkpointing`",
+    "activation_checkpointing": "set `gradient_checkpointing`",
+    "push_to_hub": "set `hub_id`",
+    "hub_model_id": "set `hub_id`",
+    "hub_private_repo": "set `hub_private`",
+    "hub_token": "tokens do not belong in a recipe: run `hf auth login`",
+    "label_smoothing_factor": "the Trainer would replace the model's losses by one of its own, on unshifted labels",
+    "resume_from_checkpoint": "the same recipe run again resumes by itself",
+}
+# Fields of `DPOConfig` that this package decides itself, or that have no effect here.
+_NOT_OF_DPO = {
+    "max_length",
+    "truncation_mode",
+    "model_init_kwargs",
+    "trust_remote_code",
+    "dataset_num_proc",
+    "router_aux_loss_coef",
+    "padding_free",
+    "pad_token",
+}
+
+
+# Of 64 routed experts a layer (FACTS 5.1).
+PAPERS_TOP_P = {"token": 0.2, "gate": 0.1}
+
+
+@dataclass(frozen=True)
+class EsftOptions:
+    """Which routed experts expert-specialized fine-tuning trains (ESFT, arXiv 2407.01906).
+
+    Attributes:
+        score: token, the share of the tokens that an expert serves, or gate, its mean gate value.
+        top_p: per layer, the fewest experts whose scores sum up to this; None for the paper's, 0.2 for token and 0.1
+            for gate.
+        sample_tokens: how many tokens of the training rows are scored.
+        experts: an `expert_cfg.json` that was chosen before; then nothing is scored.
+        shared_experts, non_expert_modules: train these as well.
+    """
+
+    score: Literal["token", "gate"] = "token"
+    top_p: float | None = None
+    sample_tokens: int = 131_072
+    experts: str | None = None
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    @property
+    def share(self) -> float:
+        """`top_p`, or the paper's for this score."""
+        return PAPERS_TOP_P[self.score] if self.top_p is None else self.top_p
+
+
+def check_esft(recipe: Any) -> None:
+    """Raise a RecipeError if the `esft` keys of a recipe cannot be followed or contradict other keys."""
+    if not recipe.esft:
+        return
+    options = EsftOptions(**recipe.esft)
+    if recipe.lora:
+        raise RecipeError("`lora` and `esft` are two ways to train a part of the model: remove the keys of one")
+    if not 0 < options.share <= 1:
+        raise RecipeError(f"`esft.top_p` is {options.share}: it is a share of a layer's scores, above 0 and at most 1")
+    if options.sample_tokens < 1:
+        raise RecipeError(f"`esft.sample_tokens` is {options.sample_tokens}: it is a number of tokens, at least 1")
+    for key in ("dpo", "streaming"):
+        if getattr(recipe, key) and not options.experts:
+            raise RecipeError(
+                f"with `{key}` the rows are not scored: choose the experts before (`deepseek-moe esft score`, then "
+                "`esft select`), and give the file as `esft.experts`"
+            )
+    for key in ("fsdp", "deepspeed"):
+        if recipe.training.get(key):
+            raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
+
+
+def section_hints(used: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Section -> key -> type. Sections whose library is slow to import are read only where `used` names them."""
+    hints = {"lora": _lora_hints(), "esft": typing.get_type_hints(EsftOptions), "losses": _losses_hints()}
+    return hints | {"dpo": _dpo_hints() if "dpo" in used else {}, "training": _training_hints()}
+
+
+def _lora_hints() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    ours = {"target_modules", "target_parameters", "task_type", "peft_type"}
+    hints = typing.get_type_hints(LoraConfig)
+    return {"targets": list[str]} | {
+        item.name: hints[item.name] for item in dataclasses.fields(LoraConfig) if item.init and item.name not in ours
+    }
+
+
+def _losses_hints() -> dict[str, Any]:
+    from modeling_deepseek_moe import DeepseekMoeConfig
+
+    hints = {name: DeepseekMoeConfig.__annotations__[name] for name in _LOSSES}
+    return {name: float if hint == float | int else hint for name, hint in hints.items()}
+
+
+def _training_hints() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {
+        item.name: hints[item.name]
+        for item in dataclasses.fields(TrainingArguments)
+        if item.init and not item.name.startswith(("hub_", "do_")) and item.name not in OWN_INSTEAD
+    }
+
+
+def _dpo_hints() -> dict[str, Any]:
+    try:
+        from trl import DPOConfig
+    except ImportError as error:
+        raise RecipeError("the `dpo` keys need TRL: pip install 'deepseek-moe[finetune]'") from error
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(DPOConfig)
+    others = {item.name for item in dataclasses.fields(TrainingArguments)} | _NOT_OF_DPO
+    return {
+        item.name: hints[item.name] for item in dataclasses.fields(DPOConfig) if item.init and item.name not in others
+    }

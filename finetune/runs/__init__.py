@@ -1,0 +1,1 @@
+"""What a run's folder is, and what a finished run left in it."""

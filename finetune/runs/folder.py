@@ -1,0 +1,149 @@
+"""The folder of a run: whose it is, which checkpoints in it are whole, and writing so that a kill leaves nothing half.
+
+recipe.yaml          the recipe that the folder belongs to
+data/                tokenized rows
+data_report.json     how many rows were used, cut and left out, and why
+checkpoint-<step>/   of the Trainer; `complete` in it is written last
+before.json          measured before the first step; metric_before.json, what the metric said then
+adapter/  model/     results: the adapters, and the whole (or merged) model, each with the tokenizer
+expert_cfg.json  expert_scores.json      the experts that ESFT trains, and by which scores they were chosen
+bad_batch.json       the rows at which a loss became no number
+loss.png  experts.png  experts.json  summary.json  trainer_state.json
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..recipe.load import Recipe, dump_recipe, load_recipe
+from ..recipe.values import RecipeError
+
+_RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
+_OURS = re.compile(
+    r"recipe\.yaml|data|checkpoint-\d+|adapter|model|loss\.png|experts\.(?:png|json)|.+\.aside|"
+    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch|summary|trainer_state)\.json"
+)
+MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
+
+
+def open_run(recipe: Recipe) -> tuple[Path, bool]:
+    """The run's folder, and whether the run is new; half-written checkpoints and results in it are removed.
+
+    Raises:
+        RecipeError: the folder holds something else, and `overwrite` does not allow to empty it of another run, or it
+            cannot be written.
+    """
+    folder = Path(recipe.output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"`output_dir` {folder} is a file: give a folder")
+    marks = {key: _digest(source) for key in ("data", "eval_data") if (source := getattr(recipe, key))}
+    is_new = not (folder / _RECIPE).is_file()
+    if not is_new:
+        if differs := _difference(folder, recipe, marks):
+            if not recipe.overwrite:
+                raise RecipeError(
+                    f"`output_dir` {folder} holds another run ({differs}): choose another folder, or set "
+                    "`overwrite: true` to delete that run"
+                )
+            _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    elif folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"`output_dir` {folder} holds files that are not of a run: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _DATA_MARKS, json.dumps(marks))
+        write_text(folder / _RECIPE, dump_recipe(recipe))
+    except OSError as error:
+        raise RecipeError(f"cannot write in `output_dir` {folder}: {error.strerror}") from error
+    _remove(folder.glob("*.aside"))
+    _remove(path for path in _checkpoints(folder) if not (path / _COMPLETE).is_file())
+    return folder, is_new
+
+
+def forget_run(folder: Path) -> None:
+    """Takes a run that could not begin back out of its folder, and the folder away if nothing else is in it."""
+    _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
+    return max(whole, key=_step, default=None)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Says that everything in this checkpoint is on disk."""
+    write_text(checkpoint / _COMPLETE, "")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    aside = path.with_name(f"{path.name}.aside")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A new name to write to, renamed to `path` (a file or a folder, which it replaces) when the block succeeds."""
+    name = path.with_name(f"{path.name}.aside")
+    _remove([name])
+    yield name
+    if path.is_dir():
+        _remove([path])
+    os.replace(name, path)
+
+
+def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
+    """What tells this recipe from the folder's, in a few words; empty if nothing does."""
+    try:
+        theirs = load_recipe(folder / _RECIPE)
+    except RecipeError as error:
+        return f"its recipe cannot be read: {error}"
+    for item in dataclasses.fields(Recipe):
+        here, there = getattr(recipe, item.name), getattr(theirs, item.name)
+        if item.name not in MAY_CHANGE and here != there:
+            return f"its `{item.name}` is {there!r}, not {here!r}"
+    known: dict[str, Any] = json.loads((folder / _DATA_MARKS).read_text(encoding="utf-8"))
+    return next((f"the rows of `{key}` have changed since" for key in marks if marks[key] != known.get(key)), "")
+
+
+def _digest(source: str) -> str:
+    """SHA-256 of a local file's bytes, empty for a Hub name."""
+    return file_digest(Path(source)) if Path(source).is_file() else ""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _remove(paths) -> None:
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""What is there to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG
+from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
+
+from ..recipe.values import RecipeError
+from .folder import MAY_CHANGE, file_digest
+
+_PARTS = ("adapter", "model")
+_OF_A_MACHINE = ("model", "data", "eval_data")
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Trained weights, and what is known of how they came about.
+
+    Attributes:
+        folder: of the run, or of the weights themselves.
+        adapter, model: folders with the weights; at least one is there.
+        recipe: of the run, its keys as in `recipe.yaml`; empty where there was no run.
+        summary: of the run, as in `summary.json`; empty too.
+        base: the model that was tuned, a folder or a name on the Hub, if anything says so.
+    """
+
+    folder: Path
+    adapter: Path | None
+    model: Path | None
+    recipe: dict[str, Any]
+    summary: dict[str, Any]
+    base: str | None
+
+    def identity(self) -> str:
+        """The same for the same recipe on the same rows, wherever they lie; without a recipe, for the same weights."""
+        if self.recipe:
+            return run_identity(self.folder)
+        weights = sorted((self.model or self.adapter).glob("*.safetensors"))
+        return _digest([[path.name, file_digest(path)] for path in weights])
+
+
+def run_identity(folder: Path) -> str:
+    """`RunResults.identity` of a run that has begun."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+    kept = {key: value for key, value in recipe.items() if key not in MAY_CHANGE}
+    kept |= {key: str(value).rpartition("/")[2] for key in _OF_A_MACHINE if (value := kept.get(key))}
+    return _digest([kept, _json(folder / "data.json")])
+
+
+def read_results(folder: Path) -> RunResults:
+    """The results in a folder of `deepseek-moe finetune`, in its `adapter` or `model`, or in any folder with weights.
+
+    Raises:
+        RecipeError: there are none, or the run has not come to its end.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is not a folder: give that of a run, of an adapter or of a model")
+    if folder.name in _PARTS and (folder.parent / "recipe.yaml").is_file():
+        run = read_results(folder.parent)
+        parts = {part: getattr(run, part) if folder.name == part else None for part in _PARTS}
+        return RunResults(run.folder, parts["adapter"], parts["model"], run.recipe, run.summary, run.base)
+    if (folder / "recipe.yaml").is_file():
+        return _of_a_run(folder)
+    if is_adapter(folder):
+        name = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return RunResults(folder, folder, None, {}, {}, name or None)
+    if (folder / "config.json").is_file():
+        return RunResults(folder, None, folder, {}, {}, None)
+    raise RecipeError(
+        f"{folder} has no results to push: neither recipe.yaml of a run, nor {ADAPTER_CONFIG} or {ESFT_CONFIG} of an "
+        "adapter, nor config.json of a model"
+    )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA or an ESFT adapter."""
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG, ESFT_CONFIG))
+
+
+def _of_a_run(folder: Path) -> RunResults:
+    parts = {part: folder / part if (folder / part).is_dir() else None for part in _PARTS}
+    if not (folder / "summary.json").is_file() or not any(parts.values()):
+        raise RecipeError(
+            f"{folder} has no results yet: its run has not come to its end; the same `deepseek-moe finetune` goes on"
+        )
+    recipe, summary = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), _json(folder / "summary.json")
+    if not isinstance(recipe, dict) or not summary:
+        raise RecipeError(f"{folder}: recipe.yaml or summary.json is not of a run")
+    return RunResults(folder, parts["adapter"], parts["model"], recipe, summary, recipe.get("model"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

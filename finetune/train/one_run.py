@@ -1,0 +1,216 @@
+"""One fine-tuning run, from a recipe to a saved model."""
+
+import errno
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.report import row_counts
+from ..data.rows import collator, recipe_rows
+from ..experts.choose import specialize
+from ..experts.plots import loss_curve
+from ..experts.scores import trained_count
+from ..experts.watch import watch_experts
+from ..hub.push import open_repo, push_run
+from ..model.balance import BalanceExperts, MarkCheckpoints
+from ..model.chosen_experts import is_specialized
+from ..model.load import add_adapters, load
+from ..model.quantization import leave_out_of_ddp
+from ..plan.disk import check_room, checkpoint_bytes, is_full
+from ..recipe.load import Recipe
+from ..recipe.values import RecipeError, first_line
+from ..router_biases import KeepRouterBiases
+from ..runs.folder import aside, forget_run, last_checkpoint, open_run, write_text
+from .metric import measure_metric, metric_before
+from .save import machine, print_summary, save
+from .trainer import FineTuner
+
+# A loss that is no number ends the run (`trainer.py`), so the Trainer need not hide it.
+_DEFAULTS = {
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "eval_strategy": "no",
+    "logging_nan_inf_filter": False,
+}
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Fine-tune as the recipe says; the same recipe run again goes on from the last whole checkpoint.
+
+    Returns:
+        The summary that is also in `summary.json`: losses before and after, steps, seconds, and where things are.
+
+    Raises:
+        RecipeError: the recipe, the model or the data it names cannot be used; one line says why.
+        KeyboardInterrupt: stopped from outside; its message says what is saved and how to go on.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RecipeError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
+    arguments = training_arguments(recipe)
+    with arguments.main_process_first(local=False):
+        folder, is_new = open_run(recipe)
+    try:
+        trainer = prepare(recipe, arguments, folder)
+    except BaseException:
+        if is_new and arguments.process_index == 0:
+            forget_run(folder)
+        raise
+    model, tokenizer = trainer.model, trainer.processing_class
+
+    started = time.monotonic()
+    checkpoint = last_checkpoint(folder)
+    before = eval_loss_before(trainer, folder)
+    first_scores = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
+    # Measuring drew random numbers, which a run that finds the measurement in the folder does not.
+    set_seed(recipe.seed)
+    train_from(trainer, checkpoint, folder)
+    after = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
+
+    summary = {
+        "model": recipe.model,
+        "lora": recipe.lora.get("targets", []),
+        "trained_experts": trained_count(model.expert_cfg) if is_specialized(model) else None,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **row_counts(folder),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "metric_before": first_scores,
+        "metric_after": measure_metric(trainer, recipe),
+        "seconds": round(time.monotonic() - started, 1),
+        "seconds_per_step": trainer.step_times.median,
+        **machine(),
+    }
+    if recipe.dpo:
+        from .preferences import preference_metrics
+
+        summary |= preference_metrics(trainer.state.log_history)
+    if not trainer.is_world_process_zero():
+        return summary
+    summary |= save(trainer, tokenizer, recipe, folder)
+    loss_curve(trainer.state.log_history, folder / "loss.png", before)
+    with aside(folder / "trainer_state.json") as path:
+        trainer.state.save_to_json(os.fspath(path))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if recipe.hub_id:
+        summary["hub"] = push_run(folder, recipe.hub_id, private=recipe.hub_private)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print_summary(summary, folder)
+    return summary
+
+
+def train_from(trainer: "FineTuner", checkpoint: Path | None, folder: Path) -> None:
+    """Train to the end; whatever stops it, say what is saved."""
+    size = checkpoint_bytes(trainer)
+    try:
+        trainer.train_from(checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped: {_kept(folder)}; the same command goes on from there") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors do not pass on the number of the error.
+        if not (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_full(folder, size)):
+            raise
+        raise RecipeError(
+            f"the disk of {folder} is full ({first_line(error)}): {_kept(folder)}; free about {size / 1e9:.2f} GB, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def _kept(folder: Path) -> str:
+    saved = last_checkpoint(folder)
+    return f"{saved} is saved" if saved else "no checkpoint was written yet"
+
+
+def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "FineTuner":
+    """Model, adapters and rows as the recipe says, ready to train."""
+    if recipe.hub_id and arguments.process_index == 0:
+        open_repo(recipe, folder)
+    set_seed(recipe.seed)
+    model, tokenizer = load(recipe)
+    if not recipe.dpo:  # TRL adds them itself, and takes the model without them for the reference
+        model = add_adapters(model, recipe)
+    with arguments.main_process_first():
+        rows = recipe_rows(recipe, tokenizer, folder)
+    if recipe.esft:
+        specialize(model, recipe, rows.train, arguments, folder)
+    try:
+        callbacks = []
+        if recipe.bias_update_speed:
+            keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
+            callbacks = [BalanceExperts(model, recipe.bias_update_speed), *keep]
+        callbacks += [*rows.callbacks, MarkCheckpoints()]
+        if recipe.dpo:
+            from .preferences import preference_tuner  # only these runs need TRL
+
+            trainer = preference_tuner(recipe, arguments, model, tokenizer, rows, callbacks)
+        else:
+            trainer = FineTuner(
+                model=model,
+                args=arguments,
+                train_dataset=rows.train,
+                eval_dataset=rows.eval,
+                data_collator=collator(tokenizer),
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+        if recipe.quantization:
+            leave_out_of_ddp(trainer.model)
+        if model.config.has_experts:
+            watch_experts(trainer, folder)
+        check_room(trainer, recipe, folder)
+        return trainer
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
+    given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    # transformers 5.23 renamed it.
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
+    if recipe.gradient_checkpointing:
+        given[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
+    if recipe.streaming:
+        given["accelerator_config"] = {"dispatch_batches": False}  # batches of unlike shapes cannot be dispatched
+    given |= {"output_dir": recipe.output_dir, "seed": recipe.seed, **recipe.training}
+    try:
+        if recipe.dpo:
+            from .preferences import preference_arguments
+
+            return preference_arguments(recipe, **given)
+        return TrainingArguments(**given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"`training.*`: {first_line(error)}") from error
+
+
+def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
+    """Loss on the held-out rows before the first step; a resumed run finds it in the folder."""
+    if trainer.eval_dataset is None:
+        return None
+    path = folder / "before.json"
+    if not path.is_file():
+        loss = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            write_text(path, json.dumps({"eval_loss": loss}))
+        return loss
+    return json.loads(path.read_text(encoding="utf-8"))["eval_loss"]

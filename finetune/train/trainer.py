@@ -1,0 +1,122 @@
+"""The Trainer of every run: goes on from a checkpoint, and stops before a broken loss can spoil the weights."""
+
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..model.chosen_experts import is_specialized, trained_state
+from ..recipe.values import RecipeError
+from ..runs.folder import last_checkpoint, write_text
+
+BAD_BATCH = "bad_batch.json"
+
+
+class Finishes:
+    """What a run adds to a Trainer class; comes before it among the bases.
+
+    Raises:
+        RecipeError: in `train`, when the loss or a gradient is no finite number. The weights are still those of the
+            last good step; the message names the step, the file with the batch, and the last checkpoint.
+    """
+
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+        self.step_times = StepTimes()
+        super().__init__(*args, callbacks=[*(callbacks or []), self.step_times, _FiniteGradients(self)], **kwargs)
+        self._batch: dict[str, Any] = {}
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end; from a checkpoint that is already there, only restore it."""
+        # An evaluation before prepared the model for itself, and accelerate would not prepare it again, with DDP.
+        self.accelerator.free_memory()
+        self.model._is_accelerate_prepared = False
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(os.fspath(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=os.fspath(checkpoint))
+            return
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        # What belongs to the weights, and what the end of training writes, is the callbacks'.
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self._load_from_checkpoint(best or os.fspath(checkpoint))
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is None and is_specialized(self.model):
+            state_dict = trained_state(self.model)
+        super()._save(output_dir, state_dict)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._batch = inputs
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # Under loss scaling an overflow is no accident, but it is one of gradients only.
+        if not math.isfinite(loss.item()):
+            self.stop_broken(f"the loss became {loss.item()}")
+        return loss
+
+    def stop_broken(self, what: str) -> None:
+        """Keep the batch, and raise."""
+        folder = Path(self.args.output_dir)
+        write_text(folder / BAD_BATCH, json.dumps(self._readable_batch(), ensure_ascii=False, indent=1) + "\n")
+        saved = last_checkpoint(folder)
+        raise RecipeError(
+            f"{what} at step {self.state.global_step + 1}; the rows of the batch are in {folder / BAD_BATCH}; "
+            + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was written yet")
+            + "; a smaller `training.learning_rate` may help, in another `output_dir` or with `overwrite: true`"
+        )
+
+    def _readable_batch(self) -> dict[str, Any]:
+        rows = self._batch.get("input_ids")
+        rows = [] if rows is None else rows.tolist()
+        texts = self.processing_class.batch_decode(rows) if self.processing_class is not None else []
+        return {"step": self.state.global_step + 1, "texts": texts, "input_ids": rows}
+
+
+class FineTuner(Finishes, Trainer):
+    """The Trainer of every run but those that learn from preferences."""
+
+
+class StepTimes(TrainerCallback):
+    """How long the optimizer steps took, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    @property
+    def median(self) -> float | None:
+        """Seconds; the first step, which warms up, counts only if it is the only one."""
+        return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+class _FiniteGradients(TrainerCallback):
+    """A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight."""
+
+    def __init__(self, trainer: Finishes):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if args.fp16:  # the loss scale looks for itself, and lowers itself
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not torch.isfinite(norm):
+            self._trainer.stop_broken(f"the norm of the gradients became {norm.item()}")

@@ -1,0 +1,269 @@
+"""The command `deepseek-moe`: thin verbs, whose work and whose imports are elsewhere."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .esft import score, select
+from .use import chat, evaluate
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune DeepSeekMoE models with the Hugging Face tools.",
+)
+
+
+def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
+    """Shows a bad recipe, model or row as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            from modeling_deepseek_moe import CheckpointError
+            from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+
+            try:
+                verb(*args, **kwargs)
+            except (RecipeError, CheckpointError) as error:
+                _complain(" ".join(str(error).split()))
+                raise typer.Exit(1) from error
+        except KeyboardInterrupt as stop:
+            _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
+            raise typer.Exit(130) from stop
+
+    return wrapped
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(line, style="bold red"))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from modeling_deepseek_moe import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_reported
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as lora_all.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file: output_dir=runs/a"),
+    ] = None,
+) -> None:
+    """Fine-tune a model as a recipe says; the same command goes on where a killed run stopped."""
+    from modeling_deepseek_moe.finetune.recipe.load import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    from modeling_deepseek_moe.finetune.train.one_run import run
+
+    run(settings)
+
+
+@app.command()
+@_reported
+def experts(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
+    data: Annotated[str, typer.Argument(help="A JSONL file or the Hub name of a data set.")],
+    compare: Annotated[str | None, typer.Option(help="A second one: which experts does each claim?")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for experts.png and experts.json.")] = Path("experts"),
+    rows: Annotated[int | None, typer.Option(help="At most so many rows, evenly spread; all by default.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longer rows are cut to this many tokens.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 8,
+    split: Annotated[str, typer.Option(help="Of Hub data sets.")] = "train",
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Run data through a model and show which experts serve it: a table, a picture and JSON."""
+    from modeling_deepseek_moe.finetune.experts.report import report_experts
+
+    report_experts(
+        model,
+        data,
+        compare,
+        output,
+        adapter=adapter,
+        split=split,
+        rows=rows,
+        max_length=max_length,
+        batch_size=batch_size,
+        dtype=dtype,
+    )
+
+
+for _verb in (evaluate, chat):
+    app.command()(_reported(_verb))
+
+
+@app.command()
+@_reported
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint; it is only read.")],
+    target: Annotated[Path, typer.Argument(help="New folder, or one that the same call was stopped in.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="bf16, fp8, plain, deepseek, deepseek_v2, deepseek_v3, deepseek-inference, upcycle; of adapters "
+            "peft, peft-per-expert, esft."
+        ),
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights that are not FP8: bfloat16, float16 or float32.")
+    ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="deepseek-inference, if SOURCE could be taken for something else.")
+    ] = None,
+    mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of deepseek-inference; 1 by default.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA or ESFT adapter to merge into the weights.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="Merge the LoRA of these modules alone: kv_b_proj.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="The checkpoint that was tuned, for esft.")] = None,
+    kv_b_proj: Annotated[
+        str | None, typer.Option(help="keep or leave-out: LoRA on kv_b_proj, for peft-per-expert.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Routed experts of a layer, for upcycle.")] = None,
+    shared_experts: Annotated[int | None, typer.Option(help="Shared experts of a layer, for upcycle.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Routed experts of a token, for upcycle.")] = None,
+    dense_layers: Annotated[int | None, typer.Option(help="First layers that upcycle leaves dense.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text or JSONL file whose loss upcycle reports.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every tensor.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan, stop.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy files that stay as they are instead of linking.")] = False,
+) -> None:
+    """Convert a checkpoint to another format, of any size; the same command goes on where a killed one stopped."""
+    from modeling_deepseek_moe.conversion.command import run_convert
+
+    run_convert(
+        source,
+        target,
+        to,
+        dry_run=dry_run,
+        dtype=dtype,
+        source_format=source_format,
+        mp=mp,
+        adapter=adapter,
+        only=only,
+        base=base,
+        kv_b_proj=kv_b_proj,
+        upcycle={"experts": experts, "shared_experts": shared_experts, "top_k": top_k, "dense_layers": dense_layers},
+        data=data,
+        verify=verify,
+        copy=copy,
+    )
+
+
+@app.command()
+@_reported
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, of an adapter or of a model.")],
+    to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository on the Hub.")],
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The adapter, also of a merged run.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model; merged now if it was not.")] = False,
+    native: Annotated[
+        str | None, typer.Option(help="The whole model as deepseek, deepseek_v2 or deepseek_v3, for other software.")
+    ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="The whole model with its code, for trust_remote_code=True.")
+    ] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees it; a new one is private by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Hub name of the base, if the run knows only a folder.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence id for the card: mit; the base's by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace whatever the repository holds.")] = False,
+) -> None:
+    """Publish what a run left, with a model card; the same command goes on where a stopped one was."""
+    from modeling_deepseek_moe.finetune.hub.push import push_run
+
+    push_run(
+        run,
+        to,
+        adapter_only=adapter_only,
+        merged=merged,
+        native=native,
+        with_code=with_code,
+        private=private,
+        base=base,
+        license=license,
+        force=force,
+    )
+
+
+@app.command()
+@_reported
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub name of a model; only its config.json is read.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A YAML file, or the name of a shipped recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, with its unit: 24GB.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="All shipped recipes on released models instead.")] = False,
+) -> None:
+    """Say how much memory a recipe needs to train a model, where it fits, and what would help."""
+    from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table
+
+    if table:
+        print(plan_table())
+        return
+    if model is None or recipe is None:
+        raise typer.BadParameter("name a model and a recipe, or give --table")
+    plan_memory(model, recipe, overrides or [], gpu_memory, gpus, as_json)
+
+
+@app.command()
+@_reported
+def demo(
+    output_dir: Annotated[Path | None, typer.Option(help="Where to write; a temporary folder by default.")] = None,
+    hub_id: Annotated[
+        str | None, typer.Option(help="Push to this repository of the real Hub instead of a local server.")
+    ] = None,
+) -> None:
+    """Fine-tune a tiny DeepSeekMoE model with LoRA on this machine and show what it learned."""
+    from modeling_deepseek_moe.finetune.demo.demo import run_demo
+
+    run_demo(output_dir=output_dir, hub_id=hub_id)
+
+
+_esft = typer.Typer(no_args_is_help=True, help="Expert-Specialized Fine-Tuning: train the experts that serve a task.")
+for _verb in (score, select):
+    _esft.command()(_reported(_verb))
+app.add_typer(_esft, name="esft")
+
+
+def main() -> None:
+    """Entry point of the `deepseek-moe` script."""
+    # PEFT imports bitsandbytes, which warns of a kernel that nothing here asks it for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    app(prog_name="deepseek-moe")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

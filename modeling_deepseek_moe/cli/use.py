@@ -1,0 +1,90 @@
+"""Verbs for models as they are: `evaluate` and `chat`. `cli.py` adds them to the command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_Model = Annotated[str, typer.Argument(help="Folder or Hub name of a model.")]
+_Adapter = Annotated[str | None, typer.Option(help="Folder or Hub name of an adapter for the model.")]
+_Dtype = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")]
+
+
+def evaluate(
+    model: _Model,
+    adapter: _Adapter = None,
+    before: Annotated[
+        str | None, typer.Option(help="A model to compare with; with --adapter, the model without it by default.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of the LM Evaluation Harness: names or paths of YAML files, with commas between."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask the tasks' questions through the chat template.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Text file whose perplexity to measure.")] = None,
+    window: Annotated[int | None, typer.Option(help="Of --text: tokens at a time; the context, at most 2048.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Of --text: tokens between windows; half a window.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows with answers: a JSONL file or a Hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Of a Hub data set.")] = "test",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="What judges the answers to --data: exact_match, json_match, a path or a Hub name."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer to --data; twice the longest reference by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows of --data and documents of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions or windows in one batch.")] = 8,
+    output: Annotated[Path, typer.Option(help="Folder for evaluation.json and answers.jsonl.")] = Path("evaluation"),
+    dtype: _Dtype = "auto",
+) -> None:
+    """Measure a model on benchmarks, a text or rows with answers; before and after in one table."""
+    from modeling_deepseek_moe.finetune.evaluate.evaluation import evaluate_model
+
+    evaluate_model(
+        model,
+        adapter=adapter,
+        before=before,
+        tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
+        chat_template=chat_template,
+        text=text,
+        window=window,
+        stride=stride,
+        data=data,
+        split=split,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        batch_size=batch_size,
+        output=output,
+        dtype=dtype,
+    )
+
+
+def chat(
+    model: _Model,
+    adapter: _Adapter = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 1024,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; the model's own, else 0.6.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling; the model's own, else 0.95.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling, for the same conversation again.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
+    dtype: _Dtype = "auto",
+) -> None:
+    """Talk with a model; /help in it shows what else it can do. Lines of a pipe are messages."""
+    from modeling_deepseek_moe.finetune.evaluate.chat import chat as talk
+
+    talk(
+        model,
+        adapter=adapter,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        greedy=greedy,
+        dtype=dtype,
+    )

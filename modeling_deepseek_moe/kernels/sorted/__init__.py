@@ -1,0 +1,1 @@
+"""Expert products on tokens sorted by expert, in plain PyTorch."""

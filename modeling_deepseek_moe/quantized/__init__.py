@@ -1,0 +1,1 @@
+"""Weights in four bits: how they are kept and loaded."""

@@ -1,0 +1,44 @@
+"""A run that cannot begin leaves its folder as it was."""
+
+import pytest
+from tiny_run import tiny_base, tiny_values
+
+from modeling_deepseek_moe.finetune.recipe.load import make_recipe
+from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.train import one_run as train
+
+CASES = {
+    "missing rows": ({"data": "nowhere.jsonl"}, "does not exist"),
+    "a truncated model": ({}, "is truncated or padded"),
+    "a word that matches nothing": ({"lora.targets": ["dense_mlp", "nonsense"]}, "unknown word"),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    return tiny_base(tmp_path / "base")
+
+
+def broken(base, case):
+    if case == "a truncated model":
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    return CASES[case]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_cannot_begin_leaves_no_folder(case, base, tmp_path):
+    overrides, message = broken(base, case)
+    with pytest.raises(RecipeError, match=message):
+        train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_later_failure_keeps_what_an_earlier_run_left(base, tmp_path):
+    first = make_recipe(tiny_values(tmp_path, base))
+    train.run(first)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    broken(base, "a truncated model")
+    with pytest.raises(RecipeError, match="is truncated or padded"):
+        train.run(first)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
