@@ -188,7 +188,7 @@ def test_rows_survive_as_json_with_unlike_columns(tmp_path):
 FROM_HUB = """
 import sys
 from tiny_run import tiny_tokenizer
-from modeling_deepseek_moe.finetune.data import load_data
+from modeling_deepseek_moe.finetune.data.rows import load_data
 from modeling_deepseek_moe.finetune.recipe_values import RecipeError
 tokenizer = tiny_tokenizer()
 for row in load_data("me/rows", "train", tokenizer, 64, sys.argv[1]):

@@ -256,7 +256,7 @@ def test_a_killed_process_goes_on_from_its_last_whole_checkpoint(tmp_path, base)
 
 PUSH = """
 import sys
-from modeling_deepseek_moe.finetune.recipe import load_recipe
+from modeling_deepseek_moe.finetune.recipe.load import load_recipe
 from modeling_deepseek_moe.finetune.train import run
 print(run(load_recipe(sys.argv[1]))["hub"])
 from transformers import AutoModelForCausalLM
