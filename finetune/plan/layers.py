@@ -60,6 +60,7 @@ class Stage:
         forward, backward: needed besides while the one or the other computes.
         gradients: of its trained parameters, which stay when its backward pass is over.
         casts: autocast's copies of trained weights, which live until the forward pass of the model ends.
+        begins_branch: reads what the attention or feed-forward read, beside the stages before it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     backward: int
     gradients: int
     casts: int = 0
+    begins_branch: bool = False
 
 
 def attention_stages(config, layer: nn.Module, shape: Shape) -> list[Stage]:
@@ -169,7 +171,7 @@ def feed_forward_stages(config, layer: nn.Module, shape: Shape) -> list[Stage]:
         modules = block.shared_experts.gate_proj, block.shared_experts.up_proj
         if not shape.is_cast and any(keeps_itself(module, shape.stream) for module in modules):
             gate_up = replace(gate_up, saved=gate_up.saved - stream)  # they are kept for the routed experts
-        stages += [gate_up, down]
+        stages += [replace(gate_up, begins_branch=True), down]
     return stages
 
 

@@ -151,9 +151,11 @@ class Plan:
                 stages = []
                 learned = learns
                 for make in (layers.attention_stages, layers.feed_forward_stages):
+                    before = here = learned
                     for stage in make(config, layer, shape):
-                        learned = learned or stage.gradients > 0
-                        stages.append(stage if learned else dataclasses.replace(stage, saved=0, backward=0))
+                        here = (before if stage.begins_branch else here) or stage.gradients > 0
+                        learned = learned or here
+                        stages.append(stage if here else dataclasses.replace(stage, saved=0, backward=0))
                 made[built, learns] = Block(tuple(stages), kept if learned or kept is None else 0), learned
             block, learns = made[built, learns]
             blocks.append(block)
