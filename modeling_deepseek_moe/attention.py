@@ -42,7 +42,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = DeepseekMoeLinear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
         self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
-        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=bias)
+        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=config.has_output_bias)
 
     def forward(
         self,
@@ -50,10 +50,15 @@ class DeepseekMoeLatentAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        query_scale: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
-        q_nope, q_rope = self.project_queries(hidden_states, position_embeddings)
+        """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`.
+
+        Args:
+            query_scale: `[B or 1, T]`, a factor on the queries; see `rotary.query_scale`.
+        """
+        q_nope, q_rope = self.project_queries(hidden_states, position_embeddings, query_scale)
         cached = self.project_latents(hidden_states, position_embeddings)
         if past_key_values is not None:
             # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
@@ -63,7 +68,9 @@ class DeepseekMoeLatentAttention(nn.Module):
         attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
         return self.o_proj(attention_output.flatten(2)), weights
 
-    def project_queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_queries(
+        self, hidden_states, position_embeddings, query_scale=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
         if self.config.q_lora_rank is None:
             queries = self.q_proj(hidden_states)
@@ -71,7 +78,11 @@ class DeepseekMoeLatentAttention(nn.Module):
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
         q_nope, q_rope = queries.split(self.head_widths, dim=-1)
-        return q_nope, apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
+        q_rope = apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
+        if query_scale is None:
+            return q_nope, q_rope
+        factor = query_scale[:, None, :, None].to(q_nope.dtype)
+        return q_nope * factor, q_rope * factor
 
     def project_latents(self, hidden_states, position_embeddings) -> torch.Tensor:
         """What is cached of each token: `[B, 1, T, r + rope]`. The shared rotary key is not normalised."""
@@ -151,7 +162,9 @@ class DeepseekMoeAttention(nn.Module):
         self.q_proj = DeepseekMoeLinear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DeepseekMoeLinear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = DeepseekMoeLinear(
+            config.num_attention_heads * self.head_dim, hidden, bias=config.has_output_bias
+        )
         if config.use_qk_norm:
             self.q_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -162,6 +175,7 @@ class DeepseekMoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        query_scale: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
@@ -172,6 +186,8 @@ class DeepseekMoeAttention(nn.Module):
         if self.config.use_qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = apply_rotary(queries, *position_embeddings, self.config.rope_interleave)
+        if query_scale is not None:
+            queries = queries * query_scale[:, None, :, None].to(queries.dtype)
         keys = apply_rotary(keys, *position_embeddings, self.config.rope_interleave)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)

@@ -142,7 +142,7 @@ def _attention_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
     if config.kv_lora_rank is None:
         widths = {"q_proj": heads, "k_proj": config.num_key_value_heads, "v_proj": config.num_key_value_heads}
         projections = {name: (count * config.head_dim, hidden, bias) for name, count in widths.items()}
-        projections["o_proj"] = (hidden, heads * config.head_dim, bias)
+        projections["o_proj"] = (hidden, heads * config.head_dim, config.has_output_bias)
         if config.use_qk_norm:
             yield from ((f"{name}.weight", (config.head_dim,)) for name in ("q_norm", "k_norm"))
     else:
@@ -158,7 +158,7 @@ def _attention_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "kv_a_layernorm.weight", (rank,)
         projections["kv_a_proj_with_mqa"] = (rank + config.qk_rope_head_dim, hidden, bias)
         projections["kv_b_proj"] = (heads * (config.qk_nope_head_dim + config.v_head_dim), rank, False)
-        projections["o_proj"] = (hidden, heads * config.v_head_dim, bias)
+        projections["o_proj"] = (hidden, heads * config.v_head_dim, config.has_output_bias)
     for name, (rows, columns, has_bias) in projections.items():
         yield f"{name}.weight", (rows, columns)
         if has_bias:

@@ -1,66 +1,39 @@
 """One configuration for the whole DeepSeekMoE lineage; what differs between generations is data."""
 
 import difflib
-import math
+import json
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .lineage import canonical_config_dict, without_derived_head_dim
+from .config_checks import ConfigChecks
+from .families import canonical_config_dict, family_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
 
-_CHOICES = {
-    "scoring_func": ("softmax", "sigmoid"),
-    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
-    "norm_topk_semantics": ("deepseek_v2", "deepseek_v3"),
-    "router_dtype": ("float32", "model"),
-    "aux_loss_type": ("auto", "expert", "sequence"),
-}
-_AT_LEAST_ONE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-_NOT_NEGATIVE = (
-    "first_k_dense_replace",
-    "n_shared_experts",
-    "num_nextn_predict_layers",
-    "aux_loss_alpha",
-    "device_loss_alpha",
-    "communication_loss_alpha",
-    "mtp_loss_weight",
-    "loss_chunk_bytes",
-    "routed_scaling_factor",
-    "initializer_range",
-    "rms_norm_eps",
-    "latent_norm_eps",
-)
-_MOE_AT_LEAST_ONE = ("n_routed_experts", "moe_intermediate_size", "moe_layer_freq")
-_MLA_POSITIVE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
 @strict
-class DeepseekMoeConfig(PreTrainedConfig):
+class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
     """Configuration of every model built on the DeepSeekMoE block.
 
-    Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any generation (`deepseek`,
-    `deepseek_v2`, `deepseek_v3`, `kimi_k2`) and fills in what that generation's own class would; `preset` gives the
-    released models by name. The defaults are a Moonlight-sized model with DeepSeek-V3's routing.
+    Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any family (`families.FAMILIES`:
+    `deepseek`, `deepseek_v2`, `deepseek_v3`, `kimi_k2`, `glm4_moe_lite`, ...) and fills in what that family's own class
+    would; `preset` gives the released models by name. The defaults are a Moonlight-sized model with DeepSeek-V3's
+    routing. `family` names the family that a sibling of DeepSeek's models was read as and is saved as.
 
     Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B) with heads of
     `head_dim` (by default `hidden_size / num_attention_heads`), which `use_qk_norm` normalises before their rotation
-    (Qwen3). Else Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed.
+    (Qwen3). Else Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed. `attention_bias` puts a
+    bias on the projections, `attention_output_bias=False` spares the last of them. `index_topk`, `index_n_heads` and
+    `index_head_dim` give latent attention DeepSeek-V3.2's indexer, which lets a query see that many tokens.
+
+    Layers: the first `first_k_dense_replace` and all whose number `moe_layer_freq` does not divide are dense, unless
+    `mlp_layer_types` says it layer by layer ("dense", "sparse"); MTP modules follow the rule, or are sparse.
 
     Routing: `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts: "greedy",
-    "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert) or "noaux_tc" (V3: biased
-    scores, groups by the sum of their two best). `norm_topk_semantics` says what `norm_topk_prob` does:
+    "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert), "group_limited_top2" (by the
+    sum of their two best) or "noaux_tc" (V3: that with biased scores). `norm_topk_semantics` says what `norm_topk_prob` does:
     "deepseek_v2" divides the chosen weights by their sum *instead of* scaling, and leaves a single expert alone;
     "deepseek_v3" divides, then multiplies by `routed_scaling_factor` (FACTS 8.3). `router_dtype="model"` computes
     router logits in the model's dtype, as DeepSeekMoE 16B was trained; the default is float32.
@@ -110,6 +83,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
+    family: str | None = None
     head_dim: int | None = None
     use_qk_norm: bool = False
     n_routed_experts: int | None = 64
@@ -117,6 +91,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int | None = 6
     first_k_dense_replace: int = 1
     moe_layer_freq: int = 1
+    mlp_layer_types: list[str] | None = None
     n_group: int | None = 1
     topk_group: int | None = 1
     topk_method: str = "noaux_tc"
@@ -139,6 +114,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = 64
     v_head_dim: int | None = 128
     latent_norm_eps: float = 1e-6
+    index_topk: int | None = None
+    index_n_heads: int | None = None
+    index_head_dim: int | None = None
     rope_interleave: bool = True
     rope_parameters: RopeParameters | dict | None = None
     num_nextn_predict_layers: int = 0
@@ -149,6 +127,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -223,16 +202,38 @@ class DeepseekMoeConfig(PreTrainedConfig):
         except ValueError as error:
             raise ValueError(f"{error} (config.json of {pretrained_model_name_or_path})") from error
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of `config.json`: that of the family's own class where it is the same model, else ours."""
+        of_family = family_config_dict(self) if use_diff else None
+        if of_family is None:
+            return super().to_json_string(use_diff)
+        return json.dumps(of_family, indent=2, sort_keys=True) + "\n"
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` routes to experts; the rule counts on into the MTP layers behind the main ones."""
         if self.n_routed_experts is None:
             return False
+        if self.mlp_layer_types is not None:
+            is_mtp = layer_idx >= self.num_hidden_layers
+            return is_mtp or self.mlp_layer_types[layer_idx] == "sparse"
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     @property
     def has_experts(self) -> bool:
         """Whether any layer that a forward pass runs routes to experts."""
         return any(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether attention's last projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head are rotated; of plain attention's the first, by `partial_rotary_factor`."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     @property
     def uses_sequence_loss(self) -> bool:
@@ -263,86 +264,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
         if self.kv_lora_rank is None:
             return ["q_proj", "k_proj", "v_proj"]
         return ["q_proj" if self.q_lora_rank is None else "q_b_proj", "kv_b_proj"]
-
-    def check_values(self) -> None:
-        """Raises `ValueError` for a combination of values no model can have; runs before any weight is read."""
-        for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(map(repr, ACT2FN))}")
-        self._check_at_least_one(_AT_LEAST_ONE)
-        for field in _NOT_NEGATIVE:
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{field}={value} must be a number of at least 0")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id={self.pad_token_id} is not a token of vocab_size={self.vocab_size}")
-        if not 0 <= self.attention_dropout <= 1:
-            raise ValueError(f"attention_dropout={self.attention_dropout} must lie between 0 and 1")
-        self._check_attention()
-        if self.n_routed_experts is not None:
-            self._check_routing()
-
-    def _check_at_least_one(self, fields: tuple[str, ...]) -> None:
-        for field in fields:
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-
-    def _check_attention(self) -> None:
-        if self.kv_lora_rank is None:
-            heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-            if self.head_dim is None and self.hidden_size % heads:
-                raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}")
-            if self.head_dim is None and (self.hidden_size // heads) % 2:
-                raise ValueError(f"the head width hidden_size/num_attention_heads={self.hidden_size // heads} is odd")
-            if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
-                raise ValueError(f"head_dim={self.head_dim} is not even and at least 2; rotary embeddings turn pairs")
-            if kv_heads < 1 or heads % kv_heads:
-                raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
-            return
-        if self.use_qk_norm:
-            raise ValueError("use_qk_norm=True is for plain attention (kv_lora_rank=None); MLA has norms of its own")
-        for field in _MLA_POSITIVE:
-            value = getattr(self, field)
-            if value is None or value < 1:
-                raise ValueError(f"{field}={value} must be at least 1 (kv_lora_rank=None selects plain attention)")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotary embeddings turn pairs")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or null for uncompressed queries")
-
-    def _check_routing(self) -> None:
-        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        self._check_at_least_one(_MOE_AT_LEAST_ONE)
-        if top_k is None or not 1 <= top_k <= experts:
-            raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and n_routed_experts={experts}")
-        self._check_balancing()
-        if self.topk_method == "greedy":
-            return
-        if self.n_group < 1 or experts % self.n_group:
-            raise ValueError(f"n_routed_experts={experts} is not divisible into n_group={self.n_group} groups")
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group={self.topk_group} is larger than n_group={self.n_group}")
-        if self.topk_group < 1 or self.topk_group * (experts // self.n_group) < top_k:
-            raise ValueError(
-                f"topk_group={self.topk_group} of n_group={self.n_group} groups leaves "
-                f"{max(self.topk_group, 0) * (experts // self.n_group)} experts, fewer than "
-                f"num_experts_per_tok={top_k}"
-            )
-
-    def _check_balancing(self) -> None:
-        devices, experts = self.balance_devices, self.n_routed_experts
-        if devices is not None and (devices < 1 or experts % devices):
-            raise ValueError(f"n_routed_experts={experts} is not divisible among balance_devices={devices}")
-        if not self.communication_loss_alpha:
-            return
-        if self.topk_method == "greedy" or devices not in (None, self.n_group):
-            raise ValueError(
-                f"communication_loss_alpha={self.communication_loss_alpha} needs topk_group of n_group devices for a "
-                f"token, but topk_method={self.topk_method!r}, n_group={self.n_group}, balance_devices={devices}"
-            )
 
 
 __all__ = ["DeepseekMoeConfig"]

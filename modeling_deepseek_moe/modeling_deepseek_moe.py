@@ -30,7 +30,7 @@ from .linear import DeepseekMoeLinear
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
-from .rotary import DeepseekMoeRotaryEmbedding, rotary_frequencies
+from .rotary import DeepseekMoeRotaryEmbedding, query_scale, rotary_frequencies
 from .router import DeepseekMoeRouter
 
 
@@ -195,6 +195,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         return {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "query_scale": query_scale(self.config, position_ids),
             "attention_mask": causal_mask,
             "position_ids": position_ids,
             "balance_tokens": {

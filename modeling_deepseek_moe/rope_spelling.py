@@ -3,6 +3,7 @@
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _OLDER = ("rope_theta", "rope_scaling")
+_OTHER_NAMES = {"deepseek_yarn": "yarn"}  # Sarvam's
 _TYPES_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -54,7 +55,7 @@ def _with_type(rope: dict) -> dict:
     rope_type = rope.pop("rope_type", None) or rope_type
     if rope_type is None and "factor" in rope:
         raise ValueError(f"rope_scaling={rope} has no type; choices: {', '.join(ROPE_INIT_FUNCTIONS)}")
-    return {**rope, "rope_type": rope_type or "default"}
+    return {**rope, "rope_type": _OTHER_NAMES.get(rope_type, rope_type) or "default"}
 
 
 def _agrees(joined: dict, field: str, value) -> bool:

@@ -45,7 +45,7 @@ def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
     For YaRN the factor is mscale / mscale_all_dim in the form of `yarn_mscale`, as in DeepSeek's modeling files;
     transformers' own function differs where `mscale_all_dim` is absent (FACTS T6).
     """
-    rope, dim = config.rope_parameters, config.head_dim
+    rope, dim = config.rope_parameters, config.rotary_dim
     if rope["rope_type"] == "default":
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
     if rope["rope_type"] != "yarn":
@@ -64,16 +64,33 @@ def softmax_scale(config) -> float:
     return width**-0.5 * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
 
 
+def query_scale(config, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Factor on the queries `[B or 1, T]` of `position_ids [B or 1, T]`; None where the settings have no beta.
+
+    `1 + llama_4_scaling_beta * ln(1 + floor(position / original_max_position_embeddings))`, as Mistral 4 has it.
+    """
+    rope = config.rope_parameters
+    if not rope.get("llama_4_scaling_beta"):
+        return None
+    windows = (position_ids.float() / rope["original_max_position_embeddings"]).floor()
+    return 1 + rope["llama_4_scaling_beta"] * windows.log1p()
+
+
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotates pairs of `x [B, heads, T, dim]` by the angles of `cos`, `sin [B or 1, T, dim / 2]`, in float32.
+    """Rotates pairs of `x [B, heads, T, dim]` by the angles of `cos`, `sin [B or 1, T, r / 2]`, in float32.
+
+    Only the first r of the numbers of a head are rotated where that is fewer than `dim`.
 
     Args:
         interleaved: pairs are neighbours (2k, 2k + 1) rather than (k, k + dim / 2). The result is half-split.
     """
+    width = 2 * cos.shape[-1]
+    x, rest = x[..., :width], x[..., width:]
     halves = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     first, second = halves[0].float(), halves[1].float()
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 class DeepseekMoeRotaryEmbedding(Float32BuffersMixin, torch.nn.Module):

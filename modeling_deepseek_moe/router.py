@@ -61,7 +61,7 @@ class DeepseekMoeRouter(Float32BuffersMixin, nn.Module):
     def keep_best_groups(self, scores_NE: torch.Tensor) -> torch.Tensor:
         """Sets the scores of all but `topk_group` groups to -inf (0 would win against negative biases, FACTS T2)."""
         grouped = scores_NE.unflatten(1, (self.n_group, -1))
-        best = min(2, grouped.shape[-1]) if self.topk_method == "noaux_tc" else 1
+        best = 1 if self.topk_method == "group_limited_greedy" else min(2, grouped.shape[-1])
         group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)
         kept = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
         lost = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
-from modeling_deepseek_moe.lineage import LINEAGE_DEFAULTS
+from modeling_deepseek_moe.families import FAMILIES
 
 from ..engine.source import MAX_LAYERS
 from .native import NATIVE_MODELS, NativeModel, Problem
@@ -218,7 +218,7 @@ def config_json_of(
     """
     is_sigmoid = args["score_func"] == "sigmoid"
     model_type = "deepseek_v3" if is_sigmoid else "deepseek_v2"
-    defaults = LINEAGE_DEFAULTS[model_type]
+    defaults = FAMILIES[model_type].defaults
     is_native = is_sigmoid == has_bias
     ungrouped = "noaux_tc" if has_bias else "greedy"
     grouped = "noaux_tc" if has_bias else "group_limited_greedy"
