@@ -10,8 +10,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
+from .indexer import DeepseekMoeIndexer
 from .linear import DeepseekMoeLinear
 from .rotary import apply_rotary, softmax_scale
+
+
+_TAKE_ANY_MASK = ("eager", "sdpa", "sdpa_cudnn", "mla_triton")
 
 
 class DeepseekMoeRMSNorm(LlamaRMSNorm):
@@ -19,7 +23,10 @@ class DeepseekMoeRMSNorm(LlamaRMSNorm):
 
 
 class DeepseekMoeLatentAttention(nn.Module):
-    """MLA. The cache holds one tensor a layer: the normed latent and the rotated shared key, `[B, 1, L, r + rope]`."""
+    """MLA. The cache holds one tensor a layer: the normed latent and the rotated shared key, `[B, 1, L, r + rope]`.
+
+    With an indexer (DeepSeek-V3.2) a second one holds the indexer's keys, `[B, 1, L, index_head_dim]`.
+    """
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -28,7 +35,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1
         self.scaling = softmax_scale(config)
-        self.kv_lora_rank = config.kv_lora_rank
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
         self.head_widths = [config.qk_nope_head_dim, config.qk_rope_head_dim]
         self.up_widths = [config.qk_nope_head_dim, config.v_head_dim]
         hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
@@ -43,6 +50,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
         self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
         self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=config.has_output_bias)
+        self.indexer = None if config.index_topk is None else DeepseekMoeIndexer(config)
 
     def forward(
         self,
@@ -58,24 +66,29 @@ class DeepseekMoeLatentAttention(nn.Module):
         Args:
             query_scale: `[B or 1, T]`, a factor on the queries; see `rotary.query_scale`.
         """
-        q_nope, q_rope = self.project_queries(hidden_states, position_embeddings, query_scale)
+        query_input = self.query_input(hidden_states)
+        q_nope, q_rope = self.project_queries(query_input, position_embeddings, query_scale)
         cached = self.project_latents(hidden_states, position_embeddings)
+        # Without an indexer the second tensor of a cache layer is not needed; it has width 0 and costs nothing.
+        indexed = cached[..., :0] if self.indexer is None else self.indexer.keys(hidden_states, position_embeddings)
         if past_key_values is not None:
-            # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
-            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            cached, indexed = past_key_values.update(cached, indexed, self.layer_idx)
+        if self.indexer is not None and cached.shape[2] > self.config.index_topk:
+            mask = self.visible_keys(attention_mask, q_nope.shape[2], cached)
+            chosen = self.indexer.choose(hidden_states, query_input, position_embeddings, indexed, mask)
+            attention_mask = chosen_only(chosen, mask, self.config._attn_implementation, q_nope.dtype)
         is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
         form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
         attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
         return self.o_proj(attention_output.flatten(2)), weights
 
-    def project_queries(
-        self, hidden_states, position_embeddings, query_scale=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def query_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What queries are projected from: the normed latent `[B, T, q_lora_rank]`, or `hidden_states` themselves."""
+        return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+
+    def project_queries(self, query_input, position_embeddings, query_scale=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
-        if self.config.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
-        else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        queries = self.q_proj(query_input) if self.q_lora_rank is None else self.q_b_proj(query_input)
         queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
         q_nope, q_rope = queries.split(self.head_widths, dim=-1)
         q_rope = apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
@@ -120,7 +133,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
         implementation = self.config._attn_implementation
-        mask = visible_keys(attention_mask, queries.shape[2], cached, "flash" in implementation)
+        mask = self.visible_keys(attention_mask, queries.shape[2], cached)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         mixed_latent = weights = None
         # An implementation may have a kernel for latents, which leaves to torch what it does not do.
@@ -131,6 +144,10 @@ class DeepseekMoeLatentAttention(nn.Module):
         # The large operand first, as it lies in memory: einsum would copy it transposed.
         values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
         return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+
+    def visible_keys(self, attention_mask, query_length: int, cached: torch.Tensor) -> torch.Tensor | None:
+        """`absorption.visible_keys` for the attention implementation in use."""
+        return visible_keys(attention_mask, query_length, cached, "flash" in self.config._attn_implementation)
 
     def attend_latents(self, queries, cached, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of latents `[B, h, T, r]`, weights; from queries `[B, h, T, r + rope]` and cache `[B, L, r + rope]`."""
@@ -145,6 +162,27 @@ class DeepseekMoeLatentAttention(nn.Module):
         weights = F.dropout(weights, self.config.attention_dropout, self.training)
         mixed_latent = mix_latents(weights.flatten(1, 2), cached[..., : self.kv_lora_rank])
         return mixed_latent.unflatten(1, queries.shape[1:3]), weights
+
+
+def chosen_only(chosen: torch.Tensor, mask: torch.Tensor | None, implementation: str, dtype: torch.dtype):
+    """The mask that shows an attention implementation no other keys than `chosen`, bool `[B, 1, T, L]`.
+
+    Args:
+        mask: what else the implementation would be given: bool, or additive, whose values stay.
+
+    Raises:
+        ValueError: a kernel that takes no such mask.
+    """
+    if implementation not in _TAKE_ANY_MASK:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot leave out the tokens that the indexer did not choose "
+            f"(contexts longer than index_topk); choices: {', '.join(map(repr, _TAKE_ANY_MASK))}"
+        )
+    is_additive = mask is not None and mask.dtype != torch.bool
+    if implementation != "eager" and not is_additive:
+        return chosen
+    mask = mask if is_additive else torch.zeros((), dtype=dtype, device=chosen.device)
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 class DeepseekMoeAttention(nn.Module):

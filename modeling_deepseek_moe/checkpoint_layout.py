@@ -159,6 +159,12 @@ def _attention_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
         projections["kv_a_proj_with_mqa"] = (rank + config.qk_rope_head_dim, hidden, bias)
         projections["kv_b_proj"] = (heads * (config.qk_nope_head_dim + config.v_head_dim), rank, False)
         projections["o_proj"] = (hidden, heads * config.v_head_dim, config.has_output_bias)
+        if config.index_topk is not None:
+            count, width = config.index_n_heads, config.index_head_dim
+            yield from ((f"indexer.k_norm.{name}", (width,)) for name in ("weight", "bias"))
+            projections["indexer.wq_b"] = (count * width, config.q_lora_rank, False)
+            projections["indexer.wk"] = (width, hidden, False)
+            projections["indexer.weights_proj"] = (count, hidden, False)
     for name, (rows, columns, has_bias) in projections.items():
         yield f"{name}.weight", (rows, columns)
         if has_bias:
