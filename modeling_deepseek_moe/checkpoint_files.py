@@ -182,10 +182,9 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
     prefix = "model." if any(name.startswith("model.") for name in shapes) else ""
     stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     wanted = {}
-    for name, (shape, _) in expected_tensors(config).items():
+    for name, (shape, _) in expected_tensors(config, stacked=stacked).items():
         name = _base_name(name)
         if not is_redundant(name) and (with_head or name != "lm_head.weight"):
-            name, shape = _stacked(name, shape, config) if stacked else (name, shape)
             wanted[name] = shape
     has_mtp = any(is_mtp_tensor(name, config) and not is_redundant(name) for name in found)
     if not has_mtp:
@@ -206,17 +205,6 @@ def check_tensors(config, shapes: Mapping[str, tuple[int, ...]], with_head: bool
 
 def _base_name(name: str) -> str:
     return name.removeprefix("model.")
-
-
-def _stacked(name: str, shape: tuple[int, ...], config) -> tuple[str, tuple[int, ...]]:
-    """The in-memory tensor a per-expert tensor is part of; other tensors as they are."""
-    before, separator, after = name.partition(".mlp.experts.")
-    if not separator:
-        return name, shape
-    experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-    if after.endswith("down_proj.weight"):
-        return f"{before}.mlp.experts.down_proj", (experts, hidden, width)
-    return f"{before}.mlp.experts.gate_up_proj", (experts, 2 * width, hidden)
 
 
 def _listed(names: list[str]) -> str:

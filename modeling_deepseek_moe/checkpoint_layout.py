@@ -12,6 +12,7 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .families import FAMILIES
 from .fp8_blocks import SCALE_SUFFIX, scale_shape
 
 EXPERT_STACKING = [
@@ -40,7 +41,7 @@ _FP8_WEIGHT = re.compile(r"\.(?:self_attn|mlp(?:\.shared_experts|\.experts\.\d+)
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 
-def expected_tensors(config, fp8: bool = False) -> dict[str, TensorSpec]:
+def expected_tensors(config, fp8: bool = False, stacked: bool | None = None) -> dict[str, TensorSpec]:
     """Name, shape and dtype of every tensor of a complete causal language model checkpoint, in layer order.
 
     MTP modules are included with their copies of embedding and head. dtype is the config's (float32 if it has
@@ -49,13 +50,15 @@ def expected_tensors(config, fp8: bool = False) -> dict[str, TensorSpec]:
     Args:
         config: a `DeepseekMoeConfig`.
         fp8: weights that `is_fp8_weight` names are float8_e4m3fn, each followed by its float32 scales (FACTS 3.4).
+        stacked: the experts of a layer lie in two tensors; by default as the model's family has it.
     """
+    stacked = stacks_experts(config) if stacked is None else stacked
     dtype = config.dtype or torch.float32
     if isinstance(dtype, str):  # save_pretrained leaves a name in the config
         dtype = getattr(torch, dtype)
     specs = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        for name, shape in _layer_shapes(config, layer):
+        for name, shape in _layer_shapes(config, layer, stacked):
             specs[f"model.layers.{layer}.{name}"] = shape
     specs["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
@@ -89,6 +92,11 @@ def parameter_counts(config) -> tuple[int, int]:
     return total, round(active)
 
 
+def stacks_experts(config) -> bool:
+    """Whether checkpoints of this model hold the experts of a layer in two tensors, as its family does."""
+    return config.family is not None and FAMILIES[config.family].stacks_experts
+
+
 def is_mtp_tensor(name: str, config) -> bool:
     """Whether a tensor or module name belongs to a layer behind the main ones."""
     _, separator, rest = ("." + name).partition(".layers.")
@@ -106,7 +114,7 @@ def is_redundant(name: str) -> bool:
     return _REDUNDANT.search(name) is not None
 
 
-def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_shapes(config, layer: int, stacked: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = config.hidden_size
     for name, shape in _attention_shapes(config):
         yield f"self_attn.{name}", shape
@@ -115,7 +123,10 @@ def _layer_shapes(config, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "mlp.gate.weight", (experts, hidden)
         if config.topk_method == "noaux_tc":
             yield "mlp.gate.e_score_correction_bias", (experts,)
-        for expert in range(experts):
+        if stacked:
+            yield "mlp.experts.gate_up_proj", (experts, 2 * width, hidden)
+            yield "mlp.experts.down_proj", (experts, hidden, width)
+        for expert in range(0 if stacked else experts):
             yield from _mlp_shapes(f"mlp.experts.{expert}", hidden, width)
         if config.n_shared_experts:
             yield from _mlp_shapes("mlp.shared_experts", hidden, width * config.n_shared_experts)

@@ -4,6 +4,8 @@ import math
 
 from transformers.activations import ACT2FN
 
+from .families import FAMILIES
+
 _CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
     "topk_method": ("greedy", "group_limited_greedy", "group_limited_top2", "noaux_tc"),
@@ -43,6 +45,8 @@ class ConfigChecks:
 
     def check_values(self) -> None:
         """Raises `ValueError` for a combination of values no model can have; runs before any weight is read."""
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} is not one of {', '.join(map(repr, FAMILIES))}")
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:

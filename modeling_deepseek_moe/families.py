@@ -300,7 +300,7 @@ def family_config_dict(config) -> dict | None:
     own fields where it is not what a reader fills in, so that a reload with this package is the same model.
     """
     family = FAMILIES.get(config.family)
-    if family is None:
+    if family is None or getattr(config, "auto_map", None):  # code that is exported reads this package's own
         return None
     values, own = config.to_dict(), family.defaults
     if any(values[name] != own[name] for name in SEMANTICS if name in own):

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
-from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor
+from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor, stacks_experts
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize_blocks
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,9 @@ class CheckpointMixin:
             )
         if self._auto_class is None:
             drop_local_code(self.config)
+        if stacks_experts(self.config):
+            rules = getattr(self, "_weight_conversions", None) or []
+            self._weight_conversions = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         if self.config.num_nextn_predict_layers and not is_adapted:
             state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)

@@ -133,7 +133,7 @@ def add_code(folder: Path) -> None:
     `config.json` becomes this package's own, whatever type it was, and names the code.
     """
     config = DeepseekMoeConfig.from_pretrained(folder)
-    config.architectures = [DeepseekMoeForCausalLM.__name__]
+    config.architectures, config.family = [DeepseekMoeForCausalLM.__name__], None
     fields = json.loads(config.to_json_string())
     fields["auto_map"] = {}
     for auto_class, own in _AUTO_CLASSES.items():

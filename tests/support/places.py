@@ -7,4 +7,5 @@ TESTS = SUPPORT.parent
 ROOT = TESTS.parent
 BENCHMARKS = TESTS / "benchmarks"
 GOLDEN = TESTS / "fixtures" / "golden"
+SIBLINGS = TESTS / "fixtures" / "siblings"
 GOLDEN_FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/config.json"))

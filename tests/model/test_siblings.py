@@ -1,0 +1,167 @@
+"""Float32 parity with transformers' own classes of the sibling families (tests/fixtures/siblings/README.md)."""
+
+import json
+
+import pytest
+import torch
+from places import SIBLINGS
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from modeling_deepseek_moe import DeepseekMoeForCausalLM, attention
+
+FOLDERS = sorted(path.name for path in SIBLINGS.iterdir() if path.is_dir())
+# Another order of float32 sums; logits reach 4.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(params=FOLDERS)
+def sibling(request):
+    folder = SIBLINGS / request.param
+    return folder, load_file(folder / "expected.safetensors")
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def native_class_of(folder):
+    """Transformers' own model of a folder's type; skips where the installed release has none."""
+    fields = json.loads((folder / "config.json").read_text())
+    if fields["model_type"] not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"the installed transformers has no {fields['model_type']}")
+    return AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "sorted_mm"])
+@torch.no_grad()
+def test_logits_and_hidden_states_are_those_of_the_familys_own_class(sibling, implementation, experts):
+    folder, expected = sibling
+    model = DeepseekMoeForCausalLM.from_pretrained(
+        folder, attn_implementation=implementation, experts_implementation=experts
+    )
+    outputs = model(expected["input_ids"], output_hidden_states=True)
+    close(outputs.logits, expected["logits"])
+    for index, states in enumerate(outputs.hidden_states):
+        close(states, expected[f"hidden_states.{index}"])
+
+
+@pytest.mark.parametrize(
+    "split",
+    [(1,) * 40, (39, 1), (7, 1, 12, 3, 17), (20, 20)],
+    ids=["token by token", "prefill and one", "uneven pieces", "two halves"],
+)
+@pytest.mark.parametrize("form", ["by_count", "absorbed", "expanded"])
+@torch.no_grad()
+def test_decoding_in_any_split_equals_the_full_forward_in_either_form(sibling, split, form, monkeypatch):
+    folder, expected = sibling
+    if form != "by_count":
+        monkeypatch.setattr(attention, "absorbed_is_cheaper", lambda *_: form == "absorbed")
+    model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    cache, pieces = None, []
+    for piece in expected["input_ids"].split(split, dim=1):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    close(torch.cat(pieces, dim=1), expected["logits"])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_the_familys_own_class(sibling, cache):
+    folder, expected = sibling
+    model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    prompt = expected["input_ids"][:, :20]
+    options = {"use_cache": False} if cache is None else {"cache_implementation": cache}
+    tokens = model.generate(prompt, max_new_tokens=16, do_sample=False, **options)
+    assert torch.equal(tokens[:, 20:], expected["greedy"])
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_no_token(sibling):
+    folder, expected = sibling
+    model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    prompt = expected["input_ids"][:, :20]
+    mask = torch.ones_like(prompt)
+    padded = torch.nn.functional.pad(prompt, (5, 0))
+    mask = torch.nn.functional.pad(mask, (5, 0))
+    tokens = model.generate(padded, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens[:, 25:], expected["greedy"])
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(sibling):
+    folder, expected = sibling
+    model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    first, second = expected["input_ids"][0, :30], expected["input_ids"][1, :25]
+    packed = torch.cat((first, second))[None]
+    positions = torch.cat((torch.arange(30), torch.arange(25)))[None]
+    logits = model(packed, position_ids=positions, use_cache=False).logits[0]
+    close(logits[:30], model(first[None]).logits[0])
+    close(logits[30:], model(second[None]).logits[0])
+
+
+def test_loss_and_gradients_are_those_of_the_familys_own_class(sibling):
+    folder, expected = sibling
+    if "train.lm_loss" not in expected:
+        pytest.skip("no gradients were computed for this family: its indexer's choice makes them jump")
+    model = DeepseekMoeForCausalLM.from_pretrained(folder, aux_loss_alpha=0.0).train()
+    outputs = model(expected["input_ids"], labels=expected["input_ids"])
+    outputs.loss.backward()
+    close(outputs.loss, expected["train.lm_loss"].squeeze(), 1e-6)
+    parameters = dict(model.named_parameters())
+    names = [name for name in expected if name.startswith("train.grad.")]
+    assert names
+    for name in names:
+        gradient, wanted = parameters[name.removeprefix("train.grad.")].grad, expected[name]
+        assert (gradient - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
+def test_a_saved_copy_is_the_familys_own_bit_for_bit(sibling, tmp_path):
+    folder, _ = sibling
+    DeepseekMoeForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    saved, original = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
+    assert ours["model_type"] == theirs["model_type"]
+    again = DeepseekMoeForCausalLM.from_pretrained(tmp_path)
+    first = DeepseekMoeForCausalLM.from_pretrained(folder)
+    differing = {
+        name
+        for name, value in again.config.to_dict().items()
+        if value != first.config.to_dict().get(name) and name not in ("_name_or_path", "transformers_version")
+    }
+    assert not differing
+
+
+@torch.no_grad()
+def test_the_familys_own_class_reads_what_is_saved_and_gives_the_same_numbers(sibling, tmp_path):
+    folder, expected = sibling
+    native = native_class_of(folder)
+    DeepseekMoeForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    model = native.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(model.config).model_type == json.loads((folder / "config.json").read_text())["model_type"]
+    close(model(expected["input_ids"]).logits, expected["logits"])
+
+
+def test_three_steps_of_adamw_leave_the_weights_of_the_familys_own_class(sibling, tmp_path):
+    folder, expected = sibling
+    native = native_class_of(folder)
+    models = [
+        DeepseekMoeForCausalLM.from_pretrained(folder, aux_loss_alpha=0.0, attn_implementation="eager"),
+        native.from_pretrained(folder, attn_implementation="eager"),
+    ]
+    for model in models:
+        trained = [p for name, p in model.named_parameters() if ".indexer." not in name]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        model.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(expected["input_ids"], labels=expected["input_ids"]).loss.backward()
+            optimizer.step()
+    ours, theirs = (dict(model.named_parameters()) for model in models)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name].to(weight.dtype), rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
