@@ -14,7 +14,6 @@ from .indexer import DeepseekMoeIndexer
 from .linear import DeepseekMoeLinear
 from .rotary import apply_rotary, softmax_scale
 
-
 _TAKE_ANY_MASK = ("eager", "sdpa", "sdpa_cudnn", "mla_triton")
 
 

@@ -104,7 +104,9 @@ class ConfigChecks:
             if value is None or value < 1:
                 raise ValueError(f"{field}={value} must be at least 1 where other sizes of the indexer are set")
         if self.kv_lora_rank is None or self.q_lora_rank is None:
-            raise ValueError(f"index_topk={self.index_topk} needs latent attention with compressed queries (q_lora_rank)")
+            raise ValueError(
+                f"index_topk={self.index_topk} needs latent attention and compressed queries (q_lora_rank)"
+            )
         if self.index_head_dim < self.qk_rope_head_dim:
             raise ValueError(
                 f"index_head_dim={self.index_head_dim} is narrower than qk_rope_head_dim={self.qk_rope_head_dim}"

@@ -13,14 +13,15 @@ from .families import canonical_config_dict, family_config_dict, without_derived
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
 
+
 @strict
 class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
     """Configuration of every model built on the DeepSeekMoE block.
 
     Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any family (`families.FAMILIES`:
-    `deepseek`, `deepseek_v2`, `deepseek_v3`, `kimi_k2`, `glm4_moe_lite`, ...) and fills in what that family's own class
-    would; `preset` gives the released models by name. The defaults are a Moonlight-sized model with DeepSeek-V3's
-    routing. `family` names the family that a sibling of DeepSeek's models was read as and is saved as.
+    `deepseek`, `deepseek_v2`, `deepseek_v3`, `kimi_k2`, `glm4_moe_lite`, ...) and fills in what that family's own
+    class would; `preset` gives the released models by name. The defaults are a Moonlight-sized model with
+    DeepSeek-V3's routing. `family` names the family that a sibling of DeepSeek's was read as and is saved as.
 
     Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B) with heads of
     `head_dim` (by default `hidden_size / num_attention_heads`), which `use_qk_norm` normalises before their rotation
@@ -33,8 +34,9 @@ class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
 
     Routing: `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts: "greedy",
     "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert), "group_limited_top2" (by the
-    sum of their two best) or "noaux_tc" (V3: that with biased scores). `norm_topk_semantics` says what `norm_topk_prob` does:
-    "deepseek_v2" divides the chosen weights by their sum *instead of* scaling, and leaves a single expert alone;
+    sum of their two best) or "noaux_tc" (V3: that with biased scores). `norm_topk_semantics` says what
+    `norm_topk_prob` does: "deepseek_v2" divides the chosen weights by their sum *instead of* scaling, and leaves a
+    single expert alone;
     "deepseek_v3" divides, then multiplies by `routed_scaling_factor` (FACTS 8.3). `router_dtype="model"` computes
     router logits in the model's dtype, as DeepSeekMoE 16B was trained; the default is float32.
 

@@ -28,7 +28,9 @@ class DeepseekMoeIndexer(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def keys(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """What is cached of each token of `hidden_states [B, T, H]`: `[B, 1, T, d]`, its first numbers rotated."""
         keys = self.k_norm(self.wk(hidden_states)).unsqueeze(1)
         return apply_rotary(keys, *position_embeddings, interleaved=False)

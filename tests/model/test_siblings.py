@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from places import SIBLINGS
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM, attention
@@ -31,7 +31,23 @@ def native_class_of(folder):
     fields = json.loads((folder / "config.json").read_text())
     if fields["model_type"] not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"the installed transformers has no {fields['model_type']}")
-    return AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
+    return getattr(transformers, fields["architectures"][0])
+
+
+@torch.no_grad()
+def without_ties(model, expected: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits that decoding has to give; of a model with an indexer, after every second head became another's
+    negative.
+
+    All four scores of a token can be cut to exactly 0. Among equal sums `topk` chooses by the length of the row, in
+    the family's own class as here; where one of two heads is always positive no sums are equal.
+    """
+    if model.config.index_topk is None:
+        return expected["logits"]
+    for layer in model.model.layers:
+        heads = layer.self_attn.indexer.wq_b.weight.unflatten(0, (model.config.index_n_heads, -1))
+        heads[1::2] = -heads[0::2]
+    return model(expected["input_ids"], use_cache=False).logits
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -60,12 +76,13 @@ def test_decoding_in_any_split_equals_the_full_forward_in_either_form(sibling, s
     if form != "by_count":
         monkeypatch.setattr(attention, "absorbed_is_cheaper", lambda *_: form == "absorbed")
     model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    wanted = without_ties(model, expected)
     cache, pieces = None, []
     for piece in expected["input_ids"].split(split, dim=1):
         outputs = model(piece, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         pieces.append(outputs.logits)
-    close(torch.cat(pieces, dim=1), expected["logits"])
+    close(torch.cat(pieces, dim=1), wanted)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
@@ -83,18 +100,20 @@ def test_greedy_tokens_are_those_of_the_familys_own_class(sibling, cache):
 def test_padding_on_the_left_changes_no_token(sibling):
     folder, expected = sibling
     model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    without_ties(model, expected)
     prompt = expected["input_ids"][:, :20]
-    mask = torch.ones_like(prompt)
+    plain = model.generate(prompt, max_new_tokens=16, do_sample=False)
+    mask = torch.nn.functional.pad(torch.ones_like(prompt), (5, 0))
     padded = torch.nn.functional.pad(prompt, (5, 0))
-    mask = torch.nn.functional.pad(mask, (5, 0))
     tokens = model.generate(padded, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    assert torch.equal(tokens[:, 25:], expected["greedy"])
+    assert torch.equal(tokens[:, 25:], plain[:, 20:])
 
 
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(sibling):
     folder, expected = sibling
     model = DeepseekMoeForCausalLM.from_pretrained(folder)
+    without_ties(model, expected)
     first, second = expected["input_ids"][0, :30], expected["input_ids"][1, :25]
     packed = torch.cat((first, second))[None]
     positions = torch.cat((torch.arange(30), torch.arange(25)))[None]
@@ -156,7 +175,8 @@ def test_three_steps_of_adamw_leave_the_weights_of_the_familys_own_class(sibling
     ]
     for model in models:
         trained = [p for name, p in model.named_parameters() if ".indexer." not in name]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        # A gradient of rounding alone has any sign, and AdamW makes a whole step of it; a larger eps does not.
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, eps=1e-6)
         model.train()
         for _ in range(3):
             optimizer.zero_grad()
@@ -164,4 +184,6 @@ def test_three_steps_of_adamw_leave_the_weights_of_the_familys_own_class(sibling
             optimizer.step()
     ours, theirs = (dict(model.named_parameters()) for model in models)
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name].to(weight.dtype), rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weight, theirs[name].to(weight.dtype), rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
