@@ -208,7 +208,10 @@ def test_an_override_is_checked_and_what_is_derived_from_it_follows(tmp_path):
 
 YARN = JSON_OF_LINEAGE["v3"]["rope_scaling"]
 IMPOSSIBLE = [
-    ({"topk_method": "gready"}, "topk_method='gready' is not one of 'greedy', 'group_limited_greedy', 'noaux_tc'"),
+    (
+        {"topk_method": "gready"},
+        "topk_method='gready' is not one of 'greedy', 'group_limited_greedy', 'group_limited_top2', 'noaux_tc'",
+    ),
     ({"scoring_func": "relu"}, "scoring_func='relu' is not one of 'softmax', 'sigmoid'"),
     ({"norm_topk_semantics": "v3"}, "norm_topk_semantics='v3' is not one of 'deepseek_v2', 'deepseek_v3'"),
     ({"router_dtype": "bf16"}, "router_dtype='bf16' is not one of 'float32', 'model'"),

@@ -173,7 +173,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(folder, text, model_class
     refused(folder, "config.json", model_class=model_class)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v32"])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v4"])
 def test_a_config_of_another_family_is_refused(folder, model_type):
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "model_type": model_type}))
