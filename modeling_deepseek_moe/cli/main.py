@@ -247,7 +247,7 @@ def demo(
     ] = None,
 ) -> None:
     """Fine-tune a tiny DeepSeekMoE model with LoRA on this machine and show what it learned."""
-    from modeling_deepseek_moe.finetune.demo.demo import run_demo
+    from modeling_deepseek_moe.finetune.demo.one_demo import run_demo
 
     run_demo(output_dir=output_dir, hub_id=hub_id)
 

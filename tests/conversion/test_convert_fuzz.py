@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME
 from modeling_deepseek_moe.conversion.engine.source import open_source
-from modeling_deepseek_moe.conversion.formats.formats import plan_conversion
+from modeling_deepseek_moe.conversion.formats.table import plan_conversion
 
 
 @pytest.fixture(scope="module")

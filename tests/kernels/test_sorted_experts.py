@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-from modeling_deepseek_moe.kernels.sorted import sorted_rows
+from modeling_deepseek_moe.kernels.sorted import rows as sorted_rows
+from modeling_deepseek_moe.kernels.sorted.experts import sorted_experts
 from modeling_deepseek_moe.kernels.sorted.low_rank import Adapter
-from modeling_deepseek_moe.kernels.sorted.sorted_experts import sorted_experts
 
 EXPERTS, HIDDEN, WIDTH, SLOTS = 8, 32, 16, 3
 WEIGHTS = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}

@@ -28,8 +28,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from modeling_deepseek_moe.kernels.triton import triton_experts, weight_gradient
-from modeling_deepseek_moe.kernels.triton.triton_experts import triton_experts as product
+from modeling_deepseek_moe.kernels.triton import experts as triton_experts
+from modeling_deepseek_moe.kernels.triton import weight_gradient
+from modeling_deepseek_moe.kernels.triton.experts import triton_experts as product
 
 BOTH = RANKS["both"]
 SEVERAL = RANKS["several, of different ranks"]

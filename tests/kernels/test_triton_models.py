@@ -192,7 +192,7 @@ sys.modules["triton"] = None  # as if it were not installed
 import torch
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-assert "modeling_deepseek_moe.kernels.triton.triton_launch" not in sys.modules
+assert "modeling_deepseek_moe.kernels.triton.launch" not in sys.modules
 experts = DeepseekMoeExperts(DeepseekMoeConfig(hidden_size=32, moe_intermediate_size=16, n_routed_experts=8))
 experts.config._experts_implementation = "sorted_mm"
 inputs = torch.randn(2, 32), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2)
@@ -204,8 +204,8 @@ for _ in range(2):
         experts(*inputs)
     except ValueError as error:
         print(error)
-    del sys.modules["triton"], sys.modules["modeling_deepseek_moe.kernels.triton.triton_launch"]
-    del sys.modules["modeling_deepseek_moe.kernels.triton.triton_experts"]
+    del sys.modules["triton"], sys.modules["modeling_deepseek_moe.kernels.triton.launch"]
+    del sys.modules["modeling_deepseek_moe.kernels.triton.experts"]
 """
 
 

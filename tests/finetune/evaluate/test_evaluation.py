@@ -16,8 +16,8 @@ from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.chat import encode_whole
 from modeling_deepseek_moe.finetune.evaluate.answers import Question, generate_answers, question_of
-from modeling_deepseek_moe.finetune.evaluate.evaluation import evaluate_model
 from modeling_deepseek_moe.finetune.evaluate.harness import load_tasks, run_tasks
+from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
 from modeling_deepseek_moe.finetune.evaluate.metrics import score_answers
 from modeling_deepseek_moe.finetune.evaluate.perplexity import score_text
 from modeling_deepseek_moe.finetune.model.lora import known_warnings, lora_config

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from .engine.operations import QuantizationError
 from .engine.plan import Plan
-from .engine.target import ConversionError, open_target, unfinished, write_rest
+from .engine.target import (
+    ConversionError,
+    open_target,
+    unfinished,
+    write_rest,
+)
 from .engine.writing import disk_full, is_disk_full, write_shards
-from .formats.formats import DTYPES
+from .formats.table import DTYPES
 from .request import plan_request
 from .upcycle.dense import open_dense
-from .upcycle.upcycle import UPCYCLE, UpcycleOptions, plan_upcycle
-from .upcycle_report import UpcycleLosses, measure_losses, read_rows, verify_upcycle
+from .upcycle.split import UPCYCLE, UpcycleOptions, plan_upcycle
+from .upcycle_report import (
+    UpcycleLosses,
+    measure_losses,
+    read_rows,
+    verify_upcycle,
+)
 from .verify import Verification, verify_conversion
 
 

@@ -26,7 +26,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..model.use import load_for_use, put_adapter
 from ..recipe.values import RecipeError, first_line
 from ..runs.folder import write_text
-from .answers import Question, counting_bar, generate_answers, questions_of, text_of
+from .answers import (
+    Question,
+    counting_bar,
+    generate_answers,
+    questions_of,
+    text_of,
+)
 from .harness import load_tasks, run_tasks
 from .metrics import find_metric, score_answers
 from .perplexity import read_text, score_text
