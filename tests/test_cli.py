@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError, __version__
 from modeling_deepseek_moe.cli.main import app, main
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 
 
 def call(*arguments):

@@ -14,18 +14,8 @@ from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_redundant
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 
 from ..adapters.merging import AppliedAdapter
-from ..engine.operations import (
-    Cast,
-    Copy,
-    Dequantize,
-    Quantize,
-)
-from ..engine.plan import (
-    Plan,
-    Step,
-    TensorSpec,
-    shards_like_source,
-)
+from ..engine.operations import Cast, Copy, Dequantize, Quantize
+from ..engine.plan import Plan, Step, TensorSpec, shards_like_source
 from ..engine.source import SourceCheckpoint, open_source
 from ..upcycle.split import UPCYCLE
 from .inference_config import INFERENCE

@@ -15,12 +15,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors, is_redundant
 
 from ..engine.operations import Cast, Copy, difference
-from ..engine.plan import (
-    Plan,
-    Step,
-    TensorSpec,
-    shards_like_source,
-)
+from ..engine.plan import Plan, Step, TensorSpec, shards_like_source
 from ..engine.source import SourceCheckpoint
 from .dense import ZERO_BIAS
 from .neurons import group_neurons, router_rows

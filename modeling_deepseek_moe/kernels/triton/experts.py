@@ -32,12 +32,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from ...quantized.weights import NF4Weight
-from ..sorted.low_rank import (
-    Adapter,
-    EveryExpert,
-    low_ranks,
-    padded_rank,
-)
+from ..sorted.low_rank import Adapter, EveryExpert, low_ranks, padded_rank
 from ..sorted.sorted_mm import interface_departure
 from .launch import refusal
 

@@ -19,12 +19,7 @@ from .grouped_gemm import (
     row_tiles,
     with_whole_rows,
 )
-from .launch import (
-    INTERPRETED,
-    launch,
-    rounded,
-    shared_memory,
-)
+from .launch import INTERPRETED, launch, rounded, shared_memory
 from .pair_sorting import SortedPairs
 
 

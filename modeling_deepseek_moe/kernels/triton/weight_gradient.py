@@ -5,14 +5,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import Tiles, fitting, with_whole_rows
-from .launch import (
-    INTERPRETED,
-    dot,
-    launch,
-    next_power,
-    rounded,
-    shared_memory,
-)
+from .launch import INTERPRETED, dot, launch, next_power, rounded, shared_memory
 from .pair_sorting import SortedPairs
 
 

@@ -16,7 +16,7 @@ from modeling_deepseek_moe.finetune.demo import base as demo_base
 from modeling_deepseek_moe.finetune.demo import corpus as demo_corpus
 from modeling_deepseek_moe.finetune.demo import task as demo_task
 from modeling_deepseek_moe.finetune.demo.one_demo import base_folder, run_demo
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 
 MEGABYTE = 10**6
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.hub import upload as publish
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 
