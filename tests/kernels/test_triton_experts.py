@@ -7,8 +7,7 @@ launchers are compared beside them; whole models are in `test_triton_models`.
 
 import pytest
 import torch
-from plain_launchers import both_ways, counterparts, launched  # noqa: F401
-from test_sorted_experts import (
+from adapted_experts import (
     EXPERTS,
     HIDDEN,
     RANKS,
@@ -23,6 +22,7 @@ from test_sorted_experts import (
     make_inputs,
     reference,
 )
+from plain_launchers import both_ways, counterparts, launched  # noqa: F401
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode

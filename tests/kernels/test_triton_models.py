@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from adapted_experts import make_experts, make_inputs
 from adapted_pair import (
     assert_same,
     assert_same_gradients,
@@ -18,10 +19,9 @@ from adapted_pair import (
     randomize,
     wrappers,
 )
+from other_models import transformers_model
 from peft import get_peft_model
 from plain_launchers import both_ways, counterparts  # noqa: F401
-from test_expert_lora import transformers_model
-from test_sorted_experts import make_experts, make_inputs
 from tiny import tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,8 +9,8 @@ import torch
 from convert_folders import QUANTIZATION, bf16_tensors, contents, ragged_json, random_fp8, sharded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_edits import EDITS, edited
 from safetensors.torch import load_file, save_file
-from test_convert_fuzz import EDITS, edited
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError

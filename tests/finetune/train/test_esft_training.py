@@ -6,9 +6,8 @@ import logging
 import pytest
 import torch
 from checkpoint_folders import assert_bit_equal, tensors_of
-from test_train import full
 from tiny import tiny_config, tiny_ids, tiny_model
-from tiny_run import stopped_at, tiny_base, tiny_values
+from tiny_run import full, stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion.one_conversion import convert
