@@ -12,7 +12,7 @@ from transformers import (
     TextStreamer,
 )
 
-from ..recipe.values import RecipeError, first_line
+from ..errors import RecipeError, first_line
 from .answers import stop_tokens, text_of
 
 

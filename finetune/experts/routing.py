@@ -8,8 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..errors import RecipeError
 from ..model.counting import LoadCounter
-from ..recipe.values import RecipeError
 
 CLAIM_FACTOR = 2
 CLAIM = (

@@ -14,8 +14,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
 
+from ..files import write_text
 from ..model.counting import LoadCounter
-from ..runs.folder import write_text
 from .plots import expert_map
 
 _STATISTICS = {"load_entropy": load_entropy, "max_violation": max_violation, "unused_experts": unused_share}

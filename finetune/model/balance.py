@@ -1,24 +1,19 @@
-"""What a run does between the Trainer's steps."""
+"""The routers' selection biases while a model trains: moved once a step, and kept in the checkpoints of adapters."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modeling_deepseek_moe.balancing import update_expert_bias
 
-from ..runs.folder import mark_complete
-from .counting import LoadCounter
+from ..files import replaced
+from .counting import LoadCounter, blocks_of, router_of
 
-
-class MarkCheckpoints(TrainerCallback):
-    """Marks a checkpoint when all of it is written, so that a later run can tell it from one cut off by a kill."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+_FILE, _KEY = "router_biases.safetensors", "layers.{}.mlp.gate.e_score_correction_bias"
 
 
 class BalanceExperts(TrainerCallback):
@@ -74,3 +69,41 @@ class BalanceExperts(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.counter.remove()
+
+
+class KeepRouterBiases(TrainerCallback):
+    """Saves the routers' selection biases in each checkpoint of a PEFT run, whose other files hold the adapter only.
+
+    A run takes them from the checkpoint that it goes on from, or that it ends with as the best.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            biases = {
+                _KEY.format(i): router_of(block).e_score_correction_bias for i, block in blocks_of(model).items()
+            }
+            with replaced(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE) as path:
+                save_file({name: bias.cpu().contiguous() for name, bias in biases.items()}, path)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.global_step:
+            restore_router_biases(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            restore_router_biases(model, Path(state.best_model_checkpoint))
+
+
+@torch.no_grad()
+def restore_router_biases(model: nn.Module, checkpoint: Path) -> None:
+    """Sets the biases to those of the checkpoint, if it has any apart from the model's weights."""
+    if (checkpoint / _FILE).is_file():
+        biases = load_file(checkpoint / _FILE)
+        for layer, block in blocks_of(model).items():
+            router_of(block).e_score_correction_bias.copy_(biases[_KEY.format(layer)])
