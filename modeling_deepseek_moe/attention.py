@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
 from .linear import DeepseekMoeLinear
 from .rotary import apply_rotary, softmax_scale
+from .transformers_names import one_cache, update_cache
 
 
 class DeepseekMoeRMSNorm(LlamaRMSNorm):
@@ -50,14 +51,16 @@ class DeepseekMoeLatentAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
         q_nope, q_rope = self.project_queries(hidden_states, position_embeddings)
         cached = self.project_latents(hidden_states, position_embeddings)
-        if past_key_values is not None:
+        cache = one_cache(past_key_values, cache)
+        if cache is not None:
             # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
-            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            cached, _ = cache.update(cached, cached[..., :0], self.layer_idx)
         is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
         form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
         attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
@@ -162,6 +165,7 @@ class DeepseekMoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
@@ -173,8 +177,9 @@ class DeepseekMoeAttention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = apply_rotary(queries, *position_embeddings, self.config.rope_interleave)
         keys = apply_rotary(keys, *position_embeddings, self.config.rope_interleave)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        cache = one_cache(past_key_values, cache)
+        if cache is not None:
+            keys, values = update_cache(cache, keys, values, self.layer_idx, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,

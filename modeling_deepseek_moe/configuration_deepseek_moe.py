@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .lineage import canonical_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
+from .transformers_names import CACHE_NAMES
 
 _CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
@@ -86,7 +87,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     attribute_map = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",

@@ -10,6 +10,8 @@ from .moe import DeepseekMoeBlock, DeepseekMoeMLP
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
     """Layer `layer_idx` of the model; the config says which attention and whether it routes."""
 
+    _recomputes = False
+
     def __init__(self, config, layer_idx: int):
         super().__init__()
         attention = DeepseekMoeAttention if config.kv_lora_rank is None else DeepseekMoeLatentAttention
@@ -18,6 +20,16 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = DeepseekMoeBlock(config) if self.is_moe else DeepseekMoeMLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether this call is recomputed in the backward pass, as transformers asks to be told."""
+        # Without gradients nothing is. Before 5.24 transformers took the cache away there too, and text was wrong.
+        return self._recomputes and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._recomputes = enabled
 
     def forward(
         self, hidden_states: torch.Tensor, balance_tokens: dict[str, torch.Tensor | None] | None = None, **kwargs

@@ -3,6 +3,8 @@
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .transformers_names import is_paged
+
 
 class GrowingLayer(DynamicLayer):
     """A dynamic cache layer over spare room: appending a token writes that token only.
@@ -58,8 +60,8 @@ def _is_frozen(buffer: torch.Tensor) -> bool:
 
 def use_growing_layers(cache: Cache | None) -> Cache | None:
     """Swaps the still empty plain dynamic layers of `cache` for `GrowingLayer`s; any other layer is left alone."""
-    if cache is None:
-        return None
+    if cache is None or is_paged(cache):
+        return cache
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
     for index, layer in enumerate(cache.layers):
