@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from .linear import DeepseekMoeLinear
-
 _BLOCK = 32  # tokens
 
 
@@ -37,7 +35,7 @@ def is_one_matrix(linear: nn.Module) -> bool:
     Not so with a bias (PEFT's `lora_bias`), with adapters chosen by row or by token (`adapter_names`,
     `alora_offsets`), or with dropout in training.
     """
-    if type(linear) in (nn.Linear, DeepseekMoeLinear):
+    if type(linear) is nn.Linear:
         return linear.bias is None
     for module in linear.modules():
         drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
@@ -59,7 +57,7 @@ def effective_weight(linear: nn.Module) -> torch.Tensor:
     the expanded one.
     """
     is_elsewhere = any(weight.is_meta or hasattr(weight, "ds_id") for weight in linear.parameters())
-    if type(linear) in (nn.Linear, DeepseekMoeLinear) and not is_elsewhere:
+    if type(linear) is nn.Linear and not is_elsewhere:
         return _plain(linear.weight)
     delta = None if is_elsewhere else _lora_delta(linear)
     if delta is not None:

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 from .rotary import apply_rotary, softmax_scale
 
 
@@ -34,15 +34,15 @@ class DeepseekMoeLatentAttention(nn.Module):
         hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
         query_width = heads * sum(self.head_widths)
         if config.q_lora_rank is None:
-            self.q_proj = DeepseekMoeLinear(hidden, query_width, bias=False)
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = DeepseekMoeLinear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekMoeRMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = DeepseekMoeLinear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = DeepseekMoeLinear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
-        self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
-        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -61,21 +61,21 @@ class DeepseekMoeLatentAttention(nn.Module):
         is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
         form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
         attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
-        return self.o_proj(attention_output.flatten(2)), weights
+        return call_linear(self.o_proj, attention_output.flatten(2)), weights
 
     def project_queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
         if self.config.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
+            queries = call_linear(self.q_proj, hidden_states)
         else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            queries = call_linear(self.q_b_proj, self.q_a_layernorm(call_linear(self.q_a_proj, hidden_states)))
         queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
         q_nope, q_rope = queries.split(self.head_widths, dim=-1)
         return q_nope, apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
 
     def project_latents(self, hidden_states, position_embeddings) -> torch.Tensor:
         """What is cached of each token: `[B, 1, T, r + rope]`. The shared rotary key is not normalised."""
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        compressed = call_linear(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
         k_rope = apply_rotary(k_rope, *position_embeddings, self.config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(latent), k_rope.to(latent.dtype)), dim=-1)
@@ -148,10 +148,10 @@ class DeepseekMoeAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = softmax_scale(config)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = DeepseekMoeLinear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DeepseekMoeLinear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
         if config.use_qk_norm:
             self.q_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -166,7 +166,7 @@ class DeepseekMoeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
         queries, keys, values = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            call_linear(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.use_qk_norm:
@@ -186,4 +186,4 @@ class DeepseekMoeAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return call_linear(self.o_proj, output.flatten(2)), weights

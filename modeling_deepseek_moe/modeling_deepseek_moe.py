@@ -26,7 +26,7 @@ from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import use_growing_layers
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
@@ -217,7 +217,7 @@ class DeepseekMoeForCausalLM(
         super().__init__(config)
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = DeepseekMoeLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -262,7 +262,7 @@ class DeepseekMoeForCausalLM(
         loss = mtp_loss = None
         aux_loss = outputs.aux_loss
         if labels is None:
-            logits = self.lm_head(hidden_states)
+            logits = call_linear(self.lm_head, hidden_states)
         else:
             logits, loss = self.logits_and_loss(hidden_states, labels, **kwargs)
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:

@@ -5,6 +5,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import CandidateGenerator, GenerationMixin
 
 from .latent_cache import use_growing_layers
+from .linear import call_linear
 
 
 class MultiTokenGenerationMixin(GenerationMixin):
@@ -102,7 +103,7 @@ class MultiTokenCandidateGenerator(CandidateGenerator):
                 ahead, None, None, past_key_values=module.cache, seen=self.length - count
             )
             states = module(states[:, -count:], ahead, **arguments)
-            scores = self.model.lm_head(states[:, -1]).to(input_ids.device, torch.float32)
+            scores = call_linear(self.model.lm_head, states[:, -1]).to(input_ids.device, torch.float32)
             if self.logits_processor:
                 scores = self.logits_processor(input_ids, scores)
             if self.do_sample:
