@@ -9,7 +9,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
+from .absorbed_matrix import forget_matrices, matrix_of
+from .absorption import absorbed_is_cheaper, mix_latents, score_latents, visible_keys
 from .linear import call_linear
 from .rotary import apply_rotary, softmax_scale
 
@@ -58,10 +59,19 @@ class DeepseekMoeLatentAttention(nn.Module):
         if past_key_values is not None:
             # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
-        is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
-        form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
-        attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
+        inputs, up_weight = (q_nope, q_rope, cached, attention_mask), None
+        if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]):
+            up_weight = matrix_of(self.kv_b_proj, cached[..., : self.kv_lora_rank].squeeze(1))
+        if up_weight is None:
+            attention_output, weights = self.expanded(*inputs, **kwargs)
+        else:
+            attention_output, weights = self.absorbed(*inputs, up_weight)
         return call_linear(self.o_proj, attention_output.flatten(2)), weights
+
+    def train(self, mode: bool = True):
+        if mode:
+            forget_matrices(self.kv_b_proj)
+        return super().train(mode)
 
     def project_queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
@@ -103,9 +113,12 @@ class DeepseekMoeLatentAttention(nn.Module):
         )
         return (output[..., : self.up_widths[1]] if pads else output), weights
 
-    def absorbed(self, q_nope, q_rope, cached, attention_mask, **kwargs):
-        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights."""
-        up_hwr = effective_weight(self.kv_b_proj).unflatten(0, (-1, sum(self.up_widths)))
+    def absorbed(self, q_nope, q_rope, cached, attention_mask, up_weight):
+        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights.
+
+        `up_weight` is the matrix of `kv_b_proj`, `[h * (nope + v), r]`.
+        """
+        up_hwr = up_weight.unflatten(0, (-1, sum(self.up_widths)))
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
         implementation = self.config._attn_implementation
@@ -119,7 +132,7 @@ class DeepseekMoeLatentAttention(nn.Module):
             mixed_latent, weights = self.attend_latents(queries, cached.squeeze(1), mask)
         # The large operand first, as it lies in memory: einsum would copy it transposed.
         values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
-        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1).contiguous(), weights
 
     def attend_latents(self, queries, cached, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of latents `[B, h, T, r]`, weights; from queries `[B, h, T, r + rope]` and cache `[B, L, r + rope]`."""
