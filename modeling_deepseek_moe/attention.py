@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 from .absorbed_matrix import forget_matrices, matrix_of
 from .absorption import absorbed_is_cheaper, mix_latents, score_latents, visible_keys
+from .latent_cache import update_latents
 from .linear import call_linear
 from .rotary import apply_rotary, softmax_scale
 
@@ -57,8 +58,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         q_nope, q_rope = self.project_queries(hidden_states, position_embeddings)
         cached = self.project_latents(hidden_states, position_embeddings)
         if past_key_values is not None:
-            # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
-            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            cached = update_latents(past_key_values, cached, self.kv_lora_rank, self.layer_idx)
         inputs, up_weight = (q_nope, q_rope, cached, attention_mask), None
         if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]):
             up_weight = matrix_of(self.kv_b_proj, cached[..., : self.kv_lora_rank].squeeze(1))

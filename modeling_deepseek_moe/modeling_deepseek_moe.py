@@ -25,7 +25,7 @@ from .chunked_loss import ChunkedLossMixin
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
-from .latent_cache import use_growing_layers
+from .latent_cache import check_cache, use_growing_layers
 from .linear import call_linear
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
@@ -146,6 +146,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        check_cache(past_key_values, inputs_embeds.device)
         starts_cache = use_cache and past_key_values is None
         past_key_values = use_growing_layers(DynamicCache(config=self.config) if starts_cache else past_key_values)
 

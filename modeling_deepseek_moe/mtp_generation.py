@@ -1,7 +1,7 @@
 """`generate(..., use_mtp=True)`: the MTP modules in memory draft tokens, the main model checks them (FACTS 3.3)."""
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import CandidateGenerator, GenerationMixin
 
 from .latent_cache import use_growing_layers
@@ -12,6 +12,11 @@ class MultiTokenGenerationMixin(GenerationMixin):
     """`generate` that drafts with the model's own MTP modules where transformers would read them from a checkpoint."""
 
     def _get_candidate_generator(self, generation_config, input_ids, logits_processor, model_kwargs, **kwargs):
+        if any(isinstance(value, QuantizedCache) for value in model_kwargs.values()):
+            raise ValueError(
+                "drafts that are not taken must be removed from the cache, which cache_implementation='quantized' "
+                "cannot: generate without drafts (use_mtp, an assistant, prompt lookup), or with another cache"
+            )
         takes_precedence = (generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens)
         if not generation_config.use_mtp or any(option is not None for option in takes_precedence):
             return super()._get_candidate_generator(
