@@ -9,8 +9,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
-from .linear import DeepseekMoeLinear
+from .absorbed_matrix import forget_matrices, matrix_of
+from .absorption import absorbed_is_cheaper, mix_latents, score_latents, visible_keys
+from .latent_cache import update_latents
+from .linear import call_linear
 from .rotary import apply_rotary, softmax_scale
 from .transformers_names import one_cache, update_cache
 
@@ -35,15 +37,15 @@ class DeepseekMoeLatentAttention(nn.Module):
         hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
         query_width = heads * sum(self.head_widths)
         if config.q_lora_rank is None:
-            self.q_proj = DeepseekMoeLinear(hidden, query_width, bias=False)
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = DeepseekMoeLinear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekMoeRMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = DeepseekMoeLinear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = DeepseekMoeLinear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
-        self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
-        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -59,26 +61,34 @@ class DeepseekMoeLatentAttention(nn.Module):
         cached = self.project_latents(hidden_states, position_embeddings)
         cache = one_cache(past_key_values, cache)
         if cache is not None:
-            # The second tensor of a cache layer is not needed; it has width 0 and costs nothing.
-            cached, _ = cache.update(cached, cached[..., :0], self.layer_idx)
-        is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
-        form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
-        attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
-        return self.o_proj(attention_output.flatten(2)), weights
+            cached = update_latents(cache, cached, self.kv_lora_rank, self.layer_idx)
+        inputs, up_weight = (q_nope, q_rope, cached, attention_mask), None
+        if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]):
+            up_weight = matrix_of(self.kv_b_proj, cached[..., : self.kv_lora_rank].squeeze(1))
+        if up_weight is None:
+            attention_output, weights = self.expanded(*inputs, **kwargs)
+        else:
+            attention_output, weights = self.absorbed(*inputs, up_weight)
+        return call_linear(self.o_proj, attention_output.flatten(2)), weights
+
+    def train(self, mode: bool = True):
+        if mode:
+            forget_matrices(self.kv_b_proj)
+        return super().train(mode)
 
     def project_queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
         if self.config.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
+            queries = call_linear(self.q_proj, hidden_states)
         else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            queries = call_linear(self.q_b_proj, self.q_a_layernorm(call_linear(self.q_a_proj, hidden_states)))
         queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
         q_nope, q_rope = queries.split(self.head_widths, dim=-1)
         return q_nope, apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
 
     def project_latents(self, hidden_states, position_embeddings) -> torch.Tensor:
         """What is cached of each token: `[B, 1, T, r + rope]`. The shared rotary key is not normalised."""
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        compressed = call_linear(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
         k_rope = apply_rotary(k_rope, *position_embeddings, self.config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(latent), k_rope.to(latent.dtype)), dim=-1)
@@ -106,9 +116,12 @@ class DeepseekMoeLatentAttention(nn.Module):
         )
         return (output[..., : self.up_widths[1]] if pads else output), weights
 
-    def absorbed(self, q_nope, q_rope, cached, attention_mask, **kwargs):
-        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights."""
-        up_hwr = effective_weight(self.kv_b_proj).unflatten(0, (-1, sum(self.up_widths)))
+    def absorbed(self, q_nope, q_rope, cached, attention_mask, up_weight):
+        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights.
+
+        `up_weight` is the matrix of `kv_b_proj`, `[h * (nope + v), r]`.
+        """
+        up_hwr = up_weight.unflatten(0, (-1, sum(self.up_widths)))
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
         implementation = self.config._attn_implementation
@@ -122,7 +135,7 @@ class DeepseekMoeLatentAttention(nn.Module):
             mixed_latent, weights = self.attend_latents(queries, cached.squeeze(1), mask)
         # The large operand first, as it lies in memory: einsum would copy it transposed.
         values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
-        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1).contiguous(), weights
 
     def attend_latents(self, queries, cached, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of latents `[B, h, T, r]`, weights; from queries `[B, h, T, r + rope]` and cache `[B, L, r + rope]`."""
@@ -151,10 +164,10 @@ class DeepseekMoeAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = softmax_scale(config)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = DeepseekMoeLinear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DeepseekMoeLinear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
         if config.use_qk_norm:
             self.q_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -170,7 +183,7 @@ class DeepseekMoeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
         queries, keys, values = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            call_linear(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.use_qk_norm:
@@ -191,4 +204,4 @@ class DeepseekMoeAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return call_linear(self.o_proj, output.flatten(2)), weights

@@ -1,7 +1,9 @@
 """A growing cache layer that does not copy itself at every token."""
 
+import math
+
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .transformers_names import is_paged
 
@@ -59,8 +61,11 @@ def _is_frozen(buffer: torch.Tensor) -> bool:
 
 
 def use_growing_layers(cache: Cache | None) -> Cache | None:
-    """Swaps the still empty plain dynamic layers of `cache` for `GrowingLayer`s; any other layer is left alone."""
-    if cache is None or is_paged(cache):
+    """Swaps the still empty plain dynamic layers of `cache` for `GrowingLayer`s; any other layer is left alone.
+
+    So are those of a cache that moves its layers to the CPU: spare room would stay behind on the GPU.
+    """
+    if cache is None or is_paged(cache) or cache.offloading:
         return cache
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
@@ -68,6 +73,44 @@ def use_growing_layers(cache: Cache | None) -> Cache | None:
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer()
     return cache
+
+
+def update_latents(cache: Cache, cached: torch.Tensor, rank: int, layer_idx: int) -> torch.Tensor:
+    """Adds the latents and rotary keys of new tokens to a layer of `cache`.
+
+    Layers that keep tensors as they are get one tensor, which attention reads in place, and values of width 0. Any
+    other, such as those that quantise, gets latents as keys and rotary keys as values.
+
+    Args:
+        cached: `[B, 1, T, rank + rope]`.
+
+    Returns:
+        Those of all tokens, `[B, 1, L, rank + rope]`.
+
+    Raises:
+        ValueError: a layer quantises in groups that do not divide the two widths.
+    """
+    layers = cache.layers
+    layer_class = type(layers[layer_idx]) if layer_idx < len(layers) else cache.layer_class_to_replicate
+    if layer_class in (GrowingLayer, DynamicLayer, StaticLayer):
+        return cache.update(cached, cached[..., :0], layer_idx)[0]
+    latents, k_rope = cached[..., :rank], cached[..., rank:]
+    group, rope = getattr(layers[layer_idx], "q_group_size", 1), k_rope.shape[-1]
+    if rank % group or rope % group:
+        raise ValueError(
+            f"the quantised cache's q_group_size={group} does not divide kv_lora_rank={rank} and "
+            f"qk_rope_head_dim={rope}: pass cache_config={{'q_group_size': {math.gcd(rank, rope)}}}"
+        )
+    return torch.cat(cache.update(latents, k_rope, layer_idx), dim=-1)
+
+
+def check_cache(cache: Cache | None, device: torch.device) -> None:
+    """Raises a ValueError for a cache that cannot work with a model on `device`."""
+    if getattr(cache, "offloading", False) and device.type != "cuda":
+        raise ValueError(
+            "an offloaded cache (cache_implementation='offloaded' or 'offloaded_static') keeps its layers beside a "
+            f"CUDA device, and the model is on {device}: leave it out"
+        )
 
 
 def cache_elements(config) -> int:

@@ -25,8 +25,8 @@ from .classification import BalanceLossMixin
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
-from .latent_cache import use_growing_layers
-from .linear import DeepseekMoeLinear
+from .latent_cache import check_cache, use_growing_layers
+from .linear import call_linear
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
@@ -150,6 +150,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         cache = one_cache(past_key_values, cache)
+        check_cache(cache, inputs_embeds.device)
         starts_cache = use_cache and cache is None
         cache = use_growing_layers(DynamicCache(config=self.config) if starts_cache else cache)
 
@@ -220,7 +221,7 @@ class DeepseekMoeForCausalLM(
         super().__init__(config)
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = DeepseekMoeLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -267,7 +268,7 @@ class DeepseekMoeForCausalLM(
         loss = mtp_loss = None
         aux_loss = outputs.aux_loss
         if labels is None:
-            logits = self.lm_head(hidden_states)
+            logits = call_linear(self.lm_head, hidden_states)
         else:
             logits, loss = self.logits_and_loss(hidden_states, labels, **kwargs)
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:

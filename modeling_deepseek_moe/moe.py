@@ -11,7 +11,7 @@ from .balancing import (
     sequence_balance_loss,
 )
 from .experts import DeepseekMoeExperts
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 from .router import DeepseekMoeRouter
 
 
@@ -20,13 +20,14 @@ class DeepseekMoeMLP(nn.Module):
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
-        self.gate_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = DeepseekMoeLinear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = call_linear(self.gate_proj, hidden_states), call_linear(self.up_proj, hidden_states)
+        return call_linear(self.down_proj, self.act_fn(gate) * up)
 
 
 class DeepseekMoeBlock(nn.Module):

@@ -3,10 +3,11 @@
 from functools import wraps
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import CandidateGenerator, GenerationMixin
 
 from .latent_cache import use_growing_layers
+from .linear import call_linear
 from .transformers_names import CACHE_NAME, PREPARED_CACHE_NAME, name_cache
 
 
@@ -35,6 +36,11 @@ class MultiTokenGenerationMixin(GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     def _get_candidate_generator(self, generation_config, input_ids, logits_processor, model_kwargs, **kwargs):
+        if any(isinstance(value, QuantizedCache) for value in model_kwargs.values()):
+            raise ValueError(
+                "drafts that are not taken must be removed from the cache, which cache_implementation='quantized' "
+                "cannot: generate without drafts (use_mtp, an assistant, prompt lookup), or with another cache"
+            )
         takes_precedence = (generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens)
         if not generation_config.use_mtp or any(option is not None for option in takes_precedence):
             return super()._get_candidate_generator(
@@ -121,7 +127,7 @@ class MultiTokenCandidateGenerator(CandidateGenerator):
                 ahead, None, None, cache=module.cache, seen=self.length - count
             )
             states = module(states[:, -count:], ahead, **arguments)
-            scores = self.model.lm_head(states[:, -1]).to(input_ids.device, torch.float32)
+            scores = call_linear(self.model.lm_head, states[:, -1]).to(input_ids.device, torch.float32)
             if self.logits_processor:
                 scores = self.logits_processor(input_ids, scores)
             if self.do_sample:

@@ -7,7 +7,7 @@ from .attention import DeepseekMoeRMSNorm
 from .balancing import sum_losses
 from .checkpoint_layout import MTP_COPIES
 from .decoder_layer import DeepseekMoeDecoderLayer
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 
 
 class DeepseekMoeSharedHead(nn.Module):
@@ -29,7 +29,7 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         super().__init__(config, layer_idx)
         self.enorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = DeepseekMoeLinear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekMoeSharedHead(config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -49,7 +49,7 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         """
         # Released weights expect the embedding first; the paper writes the state first (FACTS T14).
         joined = torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1)
-        hidden_states, balance_loss = super().forward(self.eh_proj(joined), **kwargs)
+        hidden_states, balance_loss = super().forward(call_linear(self.eh_proj, joined), **kwargs)
         return self.shared_head.norm(hidden_states), balance_loss
 
 
