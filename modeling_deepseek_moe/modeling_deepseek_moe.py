@@ -1,7 +1,6 @@
 """The DeepSeekMoE model family: base model, causal language model, and classification heads."""
 
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attached_losses import AttachedLossesMixin, with_balance_loss
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
 from .attention_backends import AttentionNameMixin, check_packed_rows, is_all_ones
 from .balancing import sequence_ids, sum_losses
@@ -27,6 +27,7 @@ from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import use_growing_layers
 from .linear import DeepseekMoeLinear
+from .load_counts import LoadCountsMixin
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
@@ -36,7 +37,10 @@ from .router import DeepseekMoeRouter
 
 @dataclass
 class DeepseekMoeModelOutput(MoeModelOutputWithPast):
-    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None)."""
+    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None).
+
+    It has a gradient only where the caller passed `aux_losses`; else `last_hidden_state` carries that.
+    """
 
     aux_loss: torch.FloatTensor | None = None
 
@@ -99,8 +103,13 @@ class DeepseekMoePreTrainedModel(CheckpointMixin, AttentionNameMixin, PreTrained
         if self.config.mtp_loss_weight == 0:
             self.base_model.layers[self.config.num_hidden_layers :].requires_grad_(False)
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        super().add_model_tags(tags)
+        if "trl" in tags:  # its trainers, which say so when they are made, compute their losses themselves
+            self.base_model.tell_of_idle_mtp()
 
-class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+
+class DeepseekMoeModel(AttachedLossesMixin, LoadCountsMixin, DeepseekMoePreTrainedModel):
     """Embedding, decoder layers and final norm. Layers behind `num_hidden_layers` are MTP modules, not run here."""
 
     def __init__(self, config: DeepseekMoeConfig):
@@ -140,7 +149,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values: a `Cache`; latent attention keeps one tensor a layer in it.
             learned_tokens: `[B, T]` bool, positions with a target; in `aux_loss` sequences weigh as many as they
                 have of these. None: they weigh alike.
-            aux_losses: a list that gets `aux_loss`, for a caller that does not see this output.
+            aux_losses: a list that gets `aux_loss`, from a caller that adds it to the loss. None: its gradient is
+                attached to the hidden states, with the weight that `attach_loss` says.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -162,19 +172,18 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds, attention_mask, position_ids, masked_cache, seen, learned_tokens
         )
         hidden_states, balance_losses = inputs_embeds, []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             output = layer(
                 hidden_states, past_key_values=past_key_values, use_cache=use_cache, **layer_arguments, **kwargs
             )
             # A layer that another pipeline stage holds is replaced by an identity.
-            hidden_states, balance_loss = output if isinstance(output, tuple) else (output, None)
+            hidden_states, balance_loss, load = output if isinstance(output, tuple) else (output, None, None)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
-        aux_loss = sum_losses(balance_losses)
-        if aux_losses is not None and aux_loss is not None:
-            aux_losses.append(aux_loss)
+            self.keep_load(index, load)
+        hidden_states, aux_loss = self.join_objective(self.norm(hidden_states), sum_losses(balance_losses), aux_losses)
         return DeepseekMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, aux_loss=aux_loss
+            last_hidden_state=hidden_states, past_key_values=past_key_values, aux_loss=aux_loss
         )
 
     def layer_arguments(
@@ -202,6 +211,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 "sequence_ids": sequence_ids(position_ids.expand(batch, -1)) if is_packed and self.training else None,
                 "learned_tokens": learned_tokens,
             },
+            "counts_load": self.counts_load(),
         }
 
 
@@ -244,6 +254,8 @@ class DeepseekMoeForCausalLM(
         computed when first read from the output: read them before the optimizer's step.
         """
         num_items = kwargs.get("num_items_in_batch")
+        # Given labels, the loss below has what this list gets.
+        aux_losses = kwargs.pop("aux_losses", None if labels is None else [])
         learned_tokens = None
         if self.training and labels is not None and num_items is not None:
             learned_tokens = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
@@ -255,6 +267,7 @@ class DeepseekMoeForCausalLM(
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             learned_tokens=learned_tokens,
+            aux_losses=aux_losses,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -294,21 +307,6 @@ class DeepseekMoeForCausalLM(
         )
 
 
-def _with_balance_loss(forward):
-    """A classification head's forward whose `loss` in training is the head's plus the model's balance losses."""
-
-    @can_return_tuple
-    @wraps(forward)
-    def with_balance_loss(self, *args, **kwargs):
-        aux_losses = []
-        outputs = forward(self, *args, aux_losses=aux_losses, return_dict=True, **kwargs)
-        if outputs.loss is not None:
-            outputs.loss = outputs.loss + sum(aux_losses)
-        return outputs
-
-    return with_balance_loss
-
-
 class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
     def __init__(self, config: DeepseekMoeConfig):
         DeepseekMoePreTrainedModel.__init__(self, config)
@@ -317,7 +315,7 @@ class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, Dee
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    forward = _with_balance_loss(GenericForSequenceClassification.forward)
+    forward = with_balance_loss(GenericForSequenceClassification.forward)
 
 
 class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
@@ -329,7 +327,7 @@ class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekM
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = _with_balance_loss(GenericForTokenClassification.forward)
+    forward = with_balance_loss(GenericForTokenClassification.forward)
 
 
 __all__ = [

@@ -132,7 +132,7 @@ class DraftModule:
 
     def __call__(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **arguments) -> torch.Tensor:
         """States of the given positions, after that of the position before them: the next module may need it."""
-        states, _ = self.layer(hidden_states, inputs_embeds, past_key_values=self.cache, **arguments)
+        states, *_ = self.layer(hidden_states, inputs_embeds, past_key_values=self.cache, **arguments)
         self.states = states if self.states is None else torch.cat((self.states[:, -1:], states), dim=1)
         return self.states
 
