@@ -5,11 +5,15 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .attached_losses import attach_loss
 from .transformers_names import CACHE_NAME, one_cache, refuse_unknown
 
 
 class BalanceLossMixin:
-    """A classification head whose `loss` in training is the head's plus the model's balance losses."""
+    """A classification head whose `loss` in training is the head's plus the model's balance losses.
+
+    Without labels these are attached to its logits.
+    """
 
     @can_return_tuple
     def forward(
@@ -38,6 +42,10 @@ class BalanceLossMixin:
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
+        if self.training and torch.is_grad_enabled():
+            self.model.tell_of_idle_mtp()
         if outputs.loss is not None:
             outputs.loss = outputs.loss + sum(aux_losses)
+        elif aux_losses and aux_losses[0].requires_grad:
+            outputs.logits = attach_loss(outputs.logits, aux_losses[0])
         return outputs

@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attached_losses import AttachedLossesMixin
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
 from .attention_backends import AttentionNameMixin, check_packed_rows, is_all_ones
 from .balancing import sequence_ids, sum_losses
@@ -27,6 +28,7 @@ from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
 from .latent_cache import check_cache, use_growing_layers
 from .linear import call_linear
+from .load_counts import LoadCountsMixin
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
@@ -37,7 +39,10 @@ from .transformers_names import CACHE_NAME, CACHE_NAMES, is_paged, one_cache, re
 
 @dataclass
 class DeepseekMoeModelOutput(MoeModelOutputWithPast):
-    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None)."""
+    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None).
+
+    It has a gradient only where the caller passed `aux_losses`; else `last_hidden_state` carries that.
+    """
 
     aux_loss: torch.FloatTensor | None = None
 
@@ -100,8 +105,13 @@ class DeepseekMoePreTrainedModel(CheckpointMixin, AttentionNameMixin, PreTrained
         if self.config.mtp_loss_weight == 0:
             self.base_model.layers[self.config.num_hidden_layers :].requires_grad_(False)
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        super().add_model_tags(tags)
+        if "trl" in tags:  # its trainers, which say so when they are made, compute their losses themselves
+            self.base_model.tell_of_idle_mtp()
 
-class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+
+class DeepseekMoeModel(AttachedLossesMixin, LoadCountsMixin, DeepseekMoePreTrainedModel):
     """Embedding, decoder layers and final norm. Layers behind `num_hidden_layers` are MTP modules, not run here."""
 
     def __init__(self, config: DeepseekMoeConfig):
@@ -142,7 +152,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values: a `Cache`; latent attention keeps one tensor a layer in it. `cache` is its newer name.
             learned_tokens: `[B, T]` bool, positions with a target; in `aux_loss` sequences weigh as many as they
                 have of these. None: they weigh alike.
-            aux_losses: a list that gets `aux_loss`, for a caller that does not see this output.
+            aux_losses: a list that gets `aux_loss`, from a caller that adds it to the loss. None: its gradient is
+                attached to the hidden states, with the weight that `attach_loss` says.
         """
         refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -167,19 +178,16 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds, attention_mask, position_ids, masked_cache, seen, learned_tokens
         )
         hidden_states, balance_losses = inputs_embeds, []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             # Gradient checkpointing looks for the cache under this name.
             output = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **layer_arguments, **kwargs)
             # A layer that another pipeline stage holds is replaced by an identity.
-            hidden_states, balance_loss = output if isinstance(output, tuple) else (output, None)
+            hidden_states, balance_loss, load = output if isinstance(output, tuple) else (output, None, None)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
-        aux_loss = sum_losses(balance_losses)
-        if aux_losses is not None and aux_loss is not None:
-            aux_losses.append(aux_loss)
-        return DeepseekMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states), aux_loss=aux_loss, **{CACHE_NAME: cache}
-        )
+            self.keep_load(index, load)
+        hidden_states, aux_loss = self.join_objective(self.norm(hidden_states), sum_losses(balance_losses), aux_losses)
+        return DeepseekMoeModelOutput(last_hidden_state=hidden_states, aux_loss=aux_loss, **{CACHE_NAME: cache})
 
     def layer_arguments(
         self, inputs_embeds, attention_mask, position_ids, cache=None, seen=0, learned_tokens=None
@@ -206,6 +214,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 "sequence_ids": sequence_ids(position_ids.expand(batch, -1)) if is_packed and self.training else None,
                 "learned_tokens": learned_tokens,
             },
+            "counts_load": self.counts_load(),
         }
 
 
@@ -250,6 +259,8 @@ class DeepseekMoeForCausalLM(
         """
         refuse_unknown(self, kwargs)
         num_items = kwargs.get("num_items_in_batch")
+        # Given labels, the loss below has what this list gets.
+        aux_losses = kwargs.pop("aux_losses", None if labels is None else [])
         learned_tokens = None
         if self.training and labels is not None and num_items is not None:
             learned_tokens = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
@@ -261,6 +272,7 @@ class DeepseekMoeForCausalLM(
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             learned_tokens=learned_tokens,
+            aux_losses=aux_losses,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

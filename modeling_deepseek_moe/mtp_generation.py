@@ -157,7 +157,7 @@ class DraftModule:
 
     def __call__(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **arguments) -> torch.Tensor:
         """States of the given positions, after that of the position before them: the next module may need it."""
-        states, _ = self.layer(hidden_states, inputs_embeds, **{CACHE_NAME: self.cache}, **arguments)
+        states, *_ = self.layer(hidden_states, inputs_embeds, **{CACHE_NAME: self.cache}, **arguments)
         self.states = states if self.states is None else torch.cat((self.states[:, -1:], states), dim=1)
         return self.states
 

@@ -1,5 +1,6 @@
 """The routers' selection biases while a model trains: moved once a step, and kept in the checkpoints of adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ _FILE, _KEY = "router_biases.safetensors", "layers.{}.mlp.gate.e_score_correctio
 class BalanceExperts(TrainerCallback):
     """Moves every router's selection bias once per optimizer step (DeepSeek-V3 section 2.1.2; FACTS 3.1, T28).
 
-    Counts come from the whole global batch: all micro-batches, without padding, of all processes. In a loop without
-    Trainer, call `step()` after every `optimizer.step()`, and `counter.remove()` when training is over; a Trainer
-    takes the hooks off by itself.
+    Counts come from the whole global batch: all micro-batches, without padding, of all processes, and only what has
+    gradients. In a loop without Trainer, call `step()` after every `optimizer.step()`, and `counter.remove()` when
+    training is over; a Trainer ends the counting by itself.
 
     Args:
         model: its routers of `topk_method="noaux_tc"` are balanced; idle multi-token layers are left alone.
         speed: gamma, 0.001 in the paper; may be set to another value between steps.
         rule: "sign" or "proportional", see `update_expert_bias`.
+
+    Attributes:
+        watchers: functions that get the counts `[layers, E]` of every step too.
 
     Raises:
         ValueError: the model has no such router, or in `step` no float32 bias.
@@ -35,6 +39,7 @@ class BalanceExperts(TrainerCallback):
     def __init__(self, model: nn.Module, speed: float, rule: str = "sign"):
         self.speed, self.rule = speed, rule
         self.counter = LoadCounter(model)
+        self.watchers: list[Callable[[torch.Tensor], None]] = []
         if not all(hasattr(router, "e_score_correction_bias") for router in self.counter.routers.values()):
             self.counter.remove()
             raise ValueError("the bias step moves the routers' e_score_correction_bias, which this model has not")
@@ -42,7 +47,10 @@ class BalanceExperts(TrainerCallback):
     @torch.no_grad()
     def step(self) -> None:
         """Moves the biases by the counts since the last call."""
-        for (layer, router), counts in zip(self.counter.routers.items(), self.counter.take(), strict=True):
+        taken = self.counter.take()
+        for watcher in self.watchers:
+            watcher(taken)
+        for (layer, router), counts in zip(self.counter.routers.items(), taken, strict=True):
             bias = router.e_score_correction_bias
             if bias.dtype != torch.float32:
                 raise ValueError(

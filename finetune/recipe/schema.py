@@ -27,6 +27,7 @@ class Recipe:
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
         gradient_checkpointing: compute activations twice to keep fewer.
         bias_update_speed: step of the router's balancing bias after every optimizer step; 0 freezes it.
+        watch: count the tokens of every expert: numbers in the log, `experts.png` and `experts.json`.
         metric: judges answers to held-out rows, before and after: exact_match, json_match, the path of a script for
             `evaluate`, or a Hub name; None for not.
         metric_rows: on at most so many of them.
@@ -60,6 +61,7 @@ class Recipe:
     experts_implementation: str | None = None
     gradient_checkpointing: bool = False
     bias_update_speed: float = 0.0
+    watch: bool = True
     metric: str | None = None
     metric_rows: int = 200
     seed: int = 42

@@ -157,7 +157,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
             )
         if recipe.quantization:
             leave_out_of_ddp(trainer.model)
-        if model.config.has_experts:
+        if recipe.watch and model.config.has_experts:
             watch_experts(trainer, folder)
         check_room(trainer, recipe, folder)
         return trainer
