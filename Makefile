@@ -8,7 +8,7 @@ UNFINISHED := .venv/.unfinished
 # Threads that wait for work must sleep: spinning ones stall everybody else on a machine with few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-all benchmark lint clean
+.PHONY: help demo test test-all benchmark lint wings clean
 
 help:
 	@echo "make demo      fine-tune, score, merge and publish a tiny model (ARGS='--hub-id NAME': on the real Hub)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all  the fast and the slow tests"
 	@echo "make benchmark this package against transformers and PEFT (ARGS='decode --repeats 5')"
 	@echo "make lint      ruff check and ruff format --check"
+	@echo "make wings     which wing imports which, and whether one may not"
 	@echo "make clean     remove .venv, caches and build products"
 
 demo: $(READY)
@@ -33,6 +34,9 @@ benchmark: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+wings: $(READY)
+	@$(BIN)/python tests/support/import_rules.py
 
 clean:
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,9 @@
 """Streaming converters between the formats DeepSeekMoE checkpoints come in; see README.md of this folder."""
 
-from .convert import ConversionReport, convert
 from .engine.target import ConversionError
-from .formats.formats import FORMATS
+from .formats.table import FORMATS
+from .one_conversion import ConversionReport, convert
 from .request import ADAPTER_FORMATS
-from .upcycle.upcycle import UpcycleOptions
+from .upcycle.split import UpcycleOptions
 
 __all__ = ["ADAPTER_FORMATS", "FORMATS", "ConversionError", "ConversionReport", "UpcycleOptions", "convert"]

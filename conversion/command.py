@@ -8,8 +8,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from modeling_deepseek_moe import CheckpointError
 
-from .convert import ConversionReport, convert
-from .upcycle.upcycle import UpcycleOptions
+from .one_conversion import ConversionReport, convert
+from .upcycle.split import UpcycleOptions
 
 
 def run_convert(

@@ -14,9 +14,9 @@ from .adapters.overlay import is_below
 from .engine.plan import Plan
 from .engine.source import open_source
 from .engine.target import ConversionError
-from .formats.formats import FORMATS, open_checkpoint, plan_conversion
 from .formats.inference_config import INFERENCE
-from .upcycle.upcycle import UPCYCLE
+from .formats.table import FORMATS, open_checkpoint, plan_conversion
+from .upcycle.split import UPCYCLE
 
 ADAPTER_FORMATS = {
     "peft": "an adapter as PEFT writes it for stacked experts",

@@ -1,7 +1,6 @@
 """What upcycling did to a model: equal logits with all experts active, and the loss that training has to win back."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,9 @@ from .engine.target import ConversionError
 from .upcycle.dense import DENSE_MODELS
 from .verify import TOKENS, Verification, quiet_transformers, too_large, verify_tensors
 
-# Of the logits, relative to the largest where that is above 1: the router's deviation, and sums in another order.
+# Largest difference of logits, relative to the largest one where that is above 1: the router's deviation, and sums in
+# another order.
 _LOGIT_TOLERANCE = 1e-4
-_ROW_TOKENS = 512
-_DATA_TOKENS = 8192
-
-Row = tuple[list[int], list[int]]  # token ids, and labels with -100 where nothing is predicted
 
 
 @dataclass(frozen=True)
@@ -77,13 +73,25 @@ def verify_upcycle(plan: Plan, target: Path) -> Verification:
     return Verification(tensors, difference / largest, "DeepseekMoeForCausalLM", absolute=difference)
 
 
-def measure_losses(plan: Plan, target: Path, rows: list[Row]) -> UpcycleLosses | str:
+Rows = Sequence[tuple[list[int], list[int]]]  # token ids, and labels with -100 where nothing is predicted
+
+
+def check_rows(rows: Rows, source: SourceCheckpoint) -> None:
+    """Raises a CheckpointError for a token that the model of `source` does not have."""
+    highest = max((token for ids, _ in rows for token in ids), default=0)
+    if highest >= source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.folder}: the tokenizer gives token {highest}, beyond vocab_size={source.config.vocab_size}"
+        )
+
+
+def measure_losses(plan: Plan, target: Path, rows: Rows) -> UpcycleLosses | str:
     """Loss of the dense model and of the result, or why the models do not fit in memory.
 
     Args:
         plan: of the conversion.
         target: its finished result.
-        rows: what `read_rows` gives.
+        rows: of the text whose loss is measured.
     """
     reason = too_large(plan.source.config)
     if reason:
@@ -93,64 +101,6 @@ def measure_losses(plan: Plan, target: Path, rows: list[Row]) -> UpcycleLosses |
         tokens, dense = _mean_loss(_dense(plan, torch.float32), rows)
         all_experts, top_k = (_mean_loss(_result(plan, target, count), rows)[1] for count in (experts, chosen))
     return UpcycleLosses(tokens, dense, all_experts, top_k, chosen, experts)
-
-
-def read_rows(source: SourceCheckpoint, data: Path) -> list[Row]:
-    """The first tokens of a text file, or of the rows of a JSONL file as `finetune` reads them.
-
-    Args:
-        source: the dense checkpoint with its tokenizer.
-        data: the file.
-
-    Raises:
-        CheckpointError: no tokenizer, or no text to predict.
-        RecipeError: a row of a JSONL file that `finetune` would refuse.
-    """
-    if not data.is_file():
-        raise CheckpointError(f"{data} is not a file; give a text file or a JSONL file")
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:  # tokenizer files can be broken in any way
-        raise CheckpointError(f"{source.folder} has no tokenizer that can be used: {_first_line(error)}") from error
-    try:
-        texts = data.read_text("utf-8")
-        rows = _json_rows(texts, tokenizer) if data.suffix in (".jsonl", ".json") else _text_rows(texts, tokenizer)
-        rows = [row for row in rows if any(label >= 0 for label in row[1][1:])]
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{data} is not text in UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{data} has a line that is not JSON: {error}") from error
-    if not rows:
-        raise CheckpointError(f"{data} has no two tokens to compute a loss of")
-    highest = max(token for ids, _ in rows for token in ids)
-    if highest >= source.config.vocab_size:
-        raise CheckpointError(
-            f"{source.folder}: the tokenizer gives token {highest}, beyond vocab_size={source.config.vocab_size}"
-        )
-    return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _text_rows(text: str, tokenizer) -> list[Row]:
-    # A token is at least one byte of at most four: no need to tokenize more.
-    ids = tokenizer(text[: 64 * _DATA_TOKENS], add_special_tokens=False, verbose=False)["input_ids"][:_DATA_TOKENS]
-    rows = [ids[start : start + _ROW_TOKENS] for start in range(0, len(ids), _ROW_TOKENS)]
-    return [(row, row) for row in rows]
-
-
-def _json_rows(text: str, tokenizer) -> Iterator[Row]:
-    from modeling_deepseek_moe.finetune.data.rows import encode
-
-    count = 0
-    for line in text.splitlines():
-        if line.strip() and count < _DATA_TOKENS:
-            row = encode(json.loads(line), tokenizer, _ROW_TOKENS)
-            count += len(row[0])
-            yield row
 
 
 def _dense(plan: Plan, dtype: torch.dtype) -> Any:
@@ -164,7 +114,7 @@ def _result(plan: Plan, target: Path, chosen: int) -> DeepseekMoeForCausalLM:
     return model.eval()
 
 
-def _mean_loss(model, rows: list[Row]) -> tuple[int, float]:
+def _mean_loss(model, rows: Rows) -> tuple[int, float]:
     count, total = 0, 0.0
     for ids, labels in rows:
         logits = model(torch.tensor([ids])).logits[0, :-1].float()

@@ -18,9 +18,9 @@ from .engine.slices import innermost
 from .engine.source import CONFIG_NAME, SourceCheckpoint
 from .engine.target import ConversionError
 from .engine.writing import Reader, same_bytes
-from .formats.formats import plan_plain
 from .formats.inference_config import INFERENCE
 from .formats.inference_source import JoinedCheckpoint, RankFiles, open_ranks
+from .formats.table import plan_plain
 
 TOKENS = 16
 # Two implementations of one model in float32: sums in another order, over a few dozen layers.

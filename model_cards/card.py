@@ -15,9 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.model.lora import lora_config
-from modeling_deepseek_moe.finetune.recipe.load import Recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.recipe.schema import Recipe
 from modeling_deepseek_moe.finetune.runs.results import RunResults
 
 from .metadata import is_repository, problems

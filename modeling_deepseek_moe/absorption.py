@@ -6,10 +6,7 @@ one key-value head of width kv_lora_rank + rope for all query heads.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-
-from .linear import DeepseekMoeLinear
 
 _BLOCK = 32  # tokens
 
@@ -29,66 +26,6 @@ def absorbed_is_cheaper(config, query_length: int, key_length: int) -> bool:
     expanded = key_length * up_projection + pairs * (config.qk_head_dim + config.v_head_dim)
     absorbed = query_length * up_projection + pairs * (rank + rope + rank)
     return absorbed < expanded
-
-
-def is_one_matrix(linear: nn.Module) -> bool:
-    """Whether `linear` multiplies all tokens of all rows with one and the same matrix: only then can it be absorbed.
-
-    Not so with a bias (PEFT's `lora_bias`), with adapters chosen by row or by token (`adapter_names`,
-    `alora_offsets`), or with dropout in training.
-    """
-    if type(linear) in (nn.Linear, DeepseekMoeLinear):
-        return linear.bias is None
-    for module in linear.modules():
-        drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
-        if drops or getattr(module, "bias", None) is not None or _chooses_adapters(module):
-            return False
-    return True
-
-
-def _chooses_adapters(module: nn.Module) -> bool:
-    """PEFT hands such a choice to a layer by a hook that fills in the layer's keyword argument."""
-    keywords = (getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
-    return any("adapter_names" in each or "alora_offsets" in each for each in keywords)
-
-
-def effective_weight(linear: nn.Module) -> torch.Tensor:
-    """The matrix `[out, in]` that `linear` multiplies with: plain, LoRA-adapted, quantised, offloaded, or in ZeRO-3.
-
-    Active, unmerged LoRA adapters are added, so an adapter on `kv_b_proj` acts in the absorbed form as it does in
-    the expanded one.
-    """
-    is_elsewhere = any(weight.is_meta or hasattr(weight, "ds_id") for weight in linear.parameters())
-    if type(linear) in (nn.Linear, DeepseekMoeLinear) and not is_elsewhere:
-        return _plain(linear.weight)
-    delta = None if is_elsewhere else _lora_delta(linear)
-    if delta is not None:
-        weight = effective_weight(linear.base_layer)
-        return weight if isinstance(delta, int) else weight + delta.to(weight.dtype)
-    # Any other linear map shows its matrix by what it does to the unit vectors.
-    reference = next(linear.parameters())
-    dtype = reference.dtype if reference.dtype.is_floating_point else torch.get_default_dtype()
-    device = getattr(linear, "_hf_hook", None) and linear._hf_hook.execution_device or reference.device
-    return linear(torch.eye(linear.in_features, dtype=dtype, device=device)).T
-
-
-def _plain(weight: torch.Tensor) -> torch.Tensor:
-    """This rank's rows under tensor parallelism; the values of a weight in four bits."""
-    if hasattr(weight, "to_local"):
-        return weight.to_local()
-    return weight.dequantize() if hasattr(weight, "packed") else weight
-
-
-def _lora_delta(linear: nn.Module) -> torch.Tensor | int | None:
-    """The sum of a PEFT layer's active low-rank updates, 0 if none acts, None if it is not a plain LoRA layer."""
-    if not hasattr(linear, "lora_A") or not hasattr(linear, "get_delta_weight"):
-        return None
-    if linear.disable_adapters or linear.merged:
-        return 0
-    active = [name for name in linear.active_adapters if name in linear.lora_A]
-    if any(name in getattr(linear, "lora_variant", {}) for name in active):
-        return None
-    return sum(linear.get_delta_weight(name) for name in active)
 
 
 def score_latents(queries: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:

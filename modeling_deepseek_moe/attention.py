@@ -9,10 +9,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .absorption import absorbed_is_cheaper, effective_weight, is_one_matrix, mix_latents, score_latents, visible_keys
+from .absorbed_matrix import forget_matrices, matrix_of
+from .absorption import absorbed_is_cheaper, mix_latents, score_latents, visible_keys
 from .indexer import DeepseekMoeIndexer
-from .linear import DeepseekMoeLinear
+from .latent_cache import update_latents
+from .linear import call_linear
 from .rotary import apply_rotary, softmax_scale
+from .transformers_names import one_cache, update_cache
 
 _TAKE_ANY_MASK = ("eager", "sdpa", "sdpa_cudnn", "mla_triton")
 
@@ -40,15 +43,15 @@ class DeepseekMoeLatentAttention(nn.Module):
         hidden, bias, heads = config.hidden_size, config.attention_bias, config.num_attention_heads
         query_width = heads * sum(self.head_widths)
         if config.q_lora_rank is None:
-            self.q_proj = DeepseekMoeLinear(hidden, query_width, bias=False)
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = DeepseekMoeLinear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekMoeRMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = DeepseekMoeLinear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = DeepseekMoeLinear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekMoeRMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
-        self.kv_b_proj = DeepseekMoeLinear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
-        self.o_proj = DeepseekMoeLinear(heads * config.v_head_dim, hidden, bias=config.has_output_bias)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.up_widths), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=config.has_output_bias)
         self.indexer = None if config.index_topk is None else DeepseekMoeIndexer(config)
 
     def forward(
@@ -57,6 +60,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         query_scale: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -68,26 +72,37 @@ class DeepseekMoeLatentAttention(nn.Module):
         query_input = self.query_input(hidden_states)
         q_nope, q_rope = self.project_queries(query_input, position_embeddings, query_scale)
         cached = self.project_latents(hidden_states, position_embeddings)
-        # Without an indexer the second tensor of a cache layer is not needed; it has width 0 and costs nothing.
-        indexed = cached[..., :0] if self.indexer is None else self.indexer.keys(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            cached, indexed = past_key_values.update(cached, indexed, self.layer_idx)
+        indexed = None if self.indexer is None else self.indexer.keys(hidden_states, position_embeddings)
+        cache = one_cache(past_key_values, cache)
+        if cache is not None:
+            cached, indexed = update_latents(cache, cached, indexed, self.kv_lora_rank, self.layer_idx)
         if self.indexer is not None and cached.shape[2] > self.config.index_topk:
             mask = self.visible_keys(attention_mask, q_nope.shape[2], cached)
             chosen = self.indexer.choose(hidden_states, query_input, position_embeddings, indexed, mask)
             attention_mask = chosen_only(chosen, mask, self.config._attn_implementation, q_nope.dtype)
-        is_cheaper = absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2])
-        form = self.absorbed if is_cheaper and is_one_matrix(self.kv_b_proj) else self.expanded
-        attention_output, weights = form(q_nope, q_rope, cached, attention_mask, **kwargs)
-        return self.o_proj(attention_output.flatten(2)), weights
+        inputs, up_weight = (q_nope, q_rope, cached, attention_mask), None
+        if absorbed_is_cheaper(self.config, q_nope.shape[2], cached.shape[2]):
+            up_weight = matrix_of(self.kv_b_proj, cached[..., : self.kv_lora_rank].squeeze(1))
+        if up_weight is None:
+            attention_output, weights = self.expanded(*inputs, **kwargs)
+        else:
+            attention_output, weights = self.absorbed(*inputs, up_weight)
+        return call_linear(self.o_proj, attention_output.flatten(2)), weights
+
+    def train(self, mode: bool = True):
+        if mode:
+            forget_matrices(self.kv_b_proj)
+        return super().train(mode)
 
     def query_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What queries are projected from: the normed latent `[B, T, q_lora_rank]`, or `hidden_states` themselves."""
-        return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+        if self.q_lora_rank is None:
+            return hidden_states
+        return self.q_a_layernorm(call_linear(self.q_a_proj, hidden_states))
 
     def project_queries(self, query_input, position_embeddings, query_scale=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-head queries `[B, h, T, nope]` and rotated `[B, h, T, rope]`."""
-        queries = self.q_proj(query_input) if self.q_lora_rank is None else self.q_b_proj(query_input)
+        queries = call_linear(self.q_proj if self.q_lora_rank is None else self.q_b_proj, query_input)
         queries = queries.unflatten(-1, (-1, sum(self.head_widths))).transpose(1, 2)
         q_nope, q_rope = queries.split(self.head_widths, dim=-1)
         q_rope = apply_rotary(q_rope, *position_embeddings, self.config.rope_interleave)
@@ -98,7 +113,7 @@ class DeepseekMoeLatentAttention(nn.Module):
 
     def project_latents(self, hidden_states, position_embeddings) -> torch.Tensor:
         """What is cached of each token: `[B, 1, T, r + rope]`. The shared rotary key is not normalised."""
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        compressed = call_linear(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
         k_rope = apply_rotary(k_rope, *position_embeddings, self.config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(latent), k_rope.to(latent.dtype)), dim=-1)
@@ -126,9 +141,12 @@ class DeepseekMoeLatentAttention(nn.Module):
         )
         return (output[..., : self.up_widths[1]] if pads else output), weights
 
-    def absorbed(self, q_nope, q_rope, cached, attention_mask, **kwargs):
-        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights."""
-        up_hwr = effective_weight(self.kv_b_proj).unflatten(0, (-1, sum(self.up_widths)))
+    def absorbed(self, q_nope, q_rope, cached, attention_mask, up_weight):
+        """Queries moved into the latent space attend to the cache itself; outputs `[B, T, h, v]` and weights.
+
+        `up_weight` is the matrix of `kv_b_proj`, `[h * (nope + v), r]`.
+        """
+        up_hwr = up_weight.unflatten(0, (-1, sum(self.up_widths)))
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
         queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
         implementation = self.config._attn_implementation
@@ -142,7 +160,7 @@ class DeepseekMoeLatentAttention(nn.Module):
             mixed_latent, weights = self.attend_latents(queries, cached.squeeze(1), mask)
         # The large operand first, as it lies in memory: einsum would copy it transposed.
         values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
-        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1), weights
+        return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1).contiguous(), weights
 
     def visible_keys(self, attention_mask, query_length: int, cached: torch.Tensor) -> torch.Tensor | None:
         """`absorption.visible_keys` for the attention implementation in use."""
@@ -196,12 +214,10 @@ class DeepseekMoeAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = softmax_scale(config)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = DeepseekMoeLinear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = DeepseekMoeLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DeepseekMoeLinear(
-            config.num_attention_heads * self.head_dim, hidden, bias=config.has_output_bias
-        )
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=config.has_output_bias)
         if config.use_qk_norm:
             self.q_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = DeepseekMoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -212,12 +228,13 @@ class DeepseekMoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         query_scale: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output `[B, T, H]` and, where the implementation computes them, weights `[B, h, T, L]`."""
         queries, keys, values = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            call_linear(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.use_qk_norm:
@@ -226,8 +243,9 @@ class DeepseekMoeAttention(nn.Module):
         if query_scale is not None:
             queries = queries * query_scale[:, None, :, None].to(queries.dtype)
         keys = apply_rotary(keys, *position_embeddings, self.config.rope_interleave)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        cache = one_cache(past_key_values, cache)
+        if cache is not None:
+            keys, values = update_cache(cache, keys, values, self.layer_idx, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -239,4 +257,4 @@ class DeepseekMoeAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return call_linear(self.o_proj, output.flatten(2)), weights

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
+from .errors import CheckpointError
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, scale_shape
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,10 +24,6 @@ _SCALE_DTYPES = ("F32", "F8_E8M0")
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 16
 _NAMES_SHOWN = 5
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded as it is; the message names file and tensor."""
 
 
 class TensorEntry(NamedTuple):

@@ -23,7 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .causal_lm_output import DeferredLogits, defer_logits
 from .large_tensors import empty_like
-from .linear import DeepseekMoeLinear
+from .linear import call_linear, is_plain
 
 
 def chunked_cross_entropy(
@@ -190,7 +190,7 @@ class ChunkedLossMixin:
                 items = items.to(loss.device) if torch.is_tensor(items) else items
                 loss = loss / (count if items is None else items)
                 return defer_logits(hidden_states, weight, product_dtype(weight)), loss
-        logits = self.lm_head(hidden_states)
+        logits = call_linear(self.lm_head, hidden_states)
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return logits, loss
 
@@ -212,10 +212,4 @@ class ChunkedLossMixin:
 
 def is_plain_head(head: nn.Module) -> bool:
     """Whether calling `head` is one product with a weight that is all here, and nothing else."""
-    if type(head) not in (nn.Linear, DeepseekMoeLinear) or head.bias is not None or "forward" in vars(head):
-        return False
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
-        return False
-    weight = head.weight
-    # FSDP and DeepSpeed leave a flat or empty tensor in the place of a weight that is elsewhere.
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.shape == (head.out_features, head.in_features)
+    return is_plain(head) and head.bias is None

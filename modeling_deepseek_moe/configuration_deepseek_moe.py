@@ -12,6 +12,7 @@ from .config_checks import ConfigChecks
 from .families import canonical_config_dict, family_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
+from .transformers_names import CACHE_NAMES
 
 
 @strict
@@ -61,7 +62,7 @@ class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
     """
 
     model_type = "deepseek_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     attribute_map = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",

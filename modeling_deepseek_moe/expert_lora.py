@@ -19,8 +19,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
+from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
-from .kernels.sorted.sorted_experts import sorted_experts
 from .kernels.sorted.sorted_mm import interface_departure
 from .quantized.weights import NF4Weight
 
@@ -65,7 +65,7 @@ class ParamWrapper(lora.ParamWrapper):
         lists = [adapters.get(name, []) for name in _WEIGHTS]
         if experts.config._experts_implementation == "triton":
             # Triton is imported where it is used: not every platform has it.
-            from .kernels.triton.triton_experts import triton_experts
+            from .kernels.triton.experts import triton_experts
 
             return triton_experts(experts, x, *args, *lists)
         return sorted_experts(experts, x, *args, *lists)

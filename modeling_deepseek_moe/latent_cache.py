@@ -1,7 +1,11 @@
 """A growing cache layer that does not copy itself at every token."""
 
+import math
+
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .transformers_names import is_paged
 
 
 class GrowingLayer(DynamicLayer):
@@ -57,9 +61,12 @@ def _is_frozen(buffer: torch.Tensor) -> bool:
 
 
 def use_growing_layers(cache: Cache | None) -> Cache | None:
-    """Swaps the still empty plain dynamic layers of `cache` for `GrowingLayer`s; any other layer is left alone."""
-    if cache is None:
-        return None
+    """Swaps the still empty plain dynamic layers of `cache` for `GrowingLayer`s; any other layer is left alone.
+
+    So are those of a cache that moves its layers to the CPU: spare room would stay behind on the GPU.
+    """
+    if cache is None or is_paged(cache) or cache.offloading:
+        return cache
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
     for index, layer in enumerate(cache.layers):
@@ -68,8 +75,55 @@ def use_growing_layers(cache: Cache | None) -> Cache | None:
     return cache
 
 
+def update_latents(
+    cache: Cache, cached: torch.Tensor, indexed: torch.Tensor | None, rank: int, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Adds what latent attention keeps of new tokens to a layer of `cache`.
+
+    Layers that keep tensors as they are get latents and rotary keys as one tensor, which attention reads in place, and
+    an indexer's keys, or nothing, as values. Any other, such as those that quantise, has no use for values of width 0:
+    without an indexer it gets latents as keys and rotary keys as values.
+
+    Args:
+        cached: `[B, 1, T, rank + rope]`.
+        indexed: `[B, 1, T, width]`, the indexer's keys, if the model has one.
+
+    Returns:
+        Both of all tokens, `[B, 1, L, ...]`.
+
+    Raises:
+        ValueError: a layer quantises in groups that do not divide the two widths.
+    """
+    layers = cache.layers
+    layer_class = type(layers[layer_idx]) if layer_idx < len(layers) else cache.layer_class_to_replicate
+    if layer_class in (GrowingLayer, DynamicLayer, StaticLayer):
+        cached, kept = cache.update(cached, cached[..., :0] if indexed is None else indexed, layer_idx)
+        return cached, None if indexed is None else kept
+    keys, values = (cached[..., :rank], cached[..., rank:]) if indexed is None else (cached, indexed)
+    group = getattr(layers[layer_idx], "q_group_size", 1)
+    if keys.shape[-1] % group or values.shape[-1] % group:
+        raise ValueError(
+            f"the quantised cache's q_group_size={group} does not divide the widths {keys.shape[-1]} and "
+            f"{values.shape[-1]} of what latent attention keeps (kv_lora_rank={rank}): pass "
+            f"cache_config={{'q_group_size': {math.gcd(keys.shape[-1], values.shape[-1])}}}"
+        )
+    keys, values = cache.update(keys, values, layer_idx)
+    return (torch.cat((keys, values), dim=-1), None) if indexed is None else (keys, values)
+
+
+def check_cache(cache: Cache | None, device: torch.device) -> None:
+    """Raises a ValueError for a cache that cannot work with a model on `device`."""
+    if getattr(cache, "offloading", False) and device.type != "cuda":
+        raise ValueError(
+            "an offloaded cache (cache_implementation='offloaded' or 'offloaded_static') keeps its layers beside a "
+            f"CUDA device, and the model is on {device}: leave it out"
+        )
+
+
 def cache_elements(config) -> int:
-    """Numbers that the cache holds for a token (FACTS 2.3): a latent and a rotary key a layer, or keys and values."""
+    """Numbers that the cache holds for a token (FACTS 2.3): a latent and a rotary key a layer, and an indexer's key
+    where there is one, or keys and values."""
     if config.kv_lora_rank is None:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    width = config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim or 0)
+    return config.num_hidden_layers * width

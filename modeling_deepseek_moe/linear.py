@@ -1,32 +1,58 @@
-"""The linear layer of the model: `nn.Linear`, but for a few rows in bfloat16 on CPU, as decoding multiplies."""
+"""Calls of linear layers: a few rows in bfloat16 on CPU, as decoding multiplies, at the speed of memory.
+
+The layers are exactly `nn.Linear`, the type that quantisers look for; what is fast is how they are called.
+"""
+
+import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 # A product of more rows computes long enough to hide how its weight is read.
 _FEW_ROWS = 16
 
 
-class DeepseekMoeLinear(nn.Linear):
-    """Multiplies a few rows by reading the weight as it lies in memory.
+def call_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`, `[..., in]` -> `[..., out]`.
 
-    The time of such a product is that of reading the weight. For `x W'` oneDNN first packs `W'`, up to twice the time
-    of reading it (measured on Xeon with AMX, oneDNN 3, one to sixteen rows); `(W x')'` is the same sum and packs `x'`.
+    A few rows times a plain layer are multiplied by `few_rows_linear` where that is faster. Whatever does more than
+    one product is called as it is: adapters, quantised, sharded or offloaded layers, hooks.
     """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`."""
-        weight, num_rows = self.weight, input.numel() // self.in_features
-        is_plain = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
-        is_slow = weight.device.type == "cpu" and weight.dtype == input.dtype == torch.bfloat16
-        if not (is_plain and is_slow and 0 < num_rows <= _FEW_ROWS) or self.bias is not None:
-            return F.linear(input, weight, self.bias)
-        return few_rows_linear(input.reshape(num_rows, -1), weight).view(*input.shape[:-1], -1)
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
+        return layer(x)
+    is_traced = type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    if is_traced or not _packs_weights() or not is_plain(layer):
+        return layer(x)
+    if layer.bias is not None or layer.weight.dtype != x.dtype:
+        return layer(x)
+    return few_rows_linear(x.reshape(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x W'`, `[n, out]`."""
+    """`x W'`, `[n, out]`, reading the weight as it lies in memory: `(W x')'` is the same sum and packs `x'`."""
     if len(x) == 1:
         return torch.mv(weight, x[0])[None]
     return (weight @ x.mT).mT.contiguous()
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` is one product with a weight that is all here, plus its bias, and nothing else."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._compiled_call_impl is not None:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    weight = layer.weight
+    # FSDP and DeepSpeed leave a flat or empty tensor in the place of a weight that is elsewhere.
+    is_whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.shape == (layer.out_features, layer.in_features)
+    return is_whole and not _has_any_global_hook()
+
+
+@functools.cache
+def _packs_weights() -> bool:
+    """Whether oneDNN packs `W'` before it multiplies a few rows, up to twice the time of reading it.
+
+    It does on a Xeon with AMX (oneDNN 3, one to sixteen rows). With AVX512-BF16 alone it does not, and is the faster
+    one there: on an AMD EPYC a row times V2-Lite's head takes 36 to 80 ms, the other way around 86 to 175 ms.
+    """
+    return torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported()

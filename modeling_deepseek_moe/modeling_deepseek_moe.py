@@ -1,7 +1,6 @@
 """The DeepSeekMoE model family: base model, causal language model, and classification heads."""
 
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import nn
@@ -17,26 +16,33 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attached_losses import AttachedLossesMixin
 from .attention import DeepseekMoeAttention, DeepseekMoeLatentAttention, DeepseekMoeRMSNorm
 from .attention_backends import AttentionNameMixin, check_packed_rows, is_all_ones
 from .balancing import sequence_ids, sum_losses
 from .causal_lm_output import DeepseekMoeCausalLMOutput, DeepseekMoeDeferredOutput, DeferredLogits
 from .chunked_loss import ChunkedLossMixin
+from .classification import BalanceLossMixin
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .decoder_layer import DeepseekMoeDecoderLayer
 from .experts import DeepseekMoeExperts
-from .latent_cache import use_growing_layers
-from .linear import DeepseekMoeLinear
+from .latent_cache import check_cache, use_growing_layers
+from .linear import call_linear
+from .load_counts import LoadCountsMixin
 from .loading import CheckpointMixin
 from .mtp_generation import MultiTokenGenerationMixin
 from .multi_token import DeepseekMoeMultiTokenLayer, MultiTokenLossMixin
 from .rotary import DeepseekMoeRotaryEmbedding, query_scale, rotary_frequencies
 from .router import DeepseekMoeRouter
+from .transformers_names import CACHE_NAME, CACHE_NAMES, is_paged, one_cache, refuse_unknown
 
 
 @dataclass
 class DeepseekMoeModelOutput(MoeModelOutputWithPast):
-    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None)."""
+    """Adds `aux_loss`, the sum of all layers' balance losses (training with a coefficient above 0, else None).
+
+    It has a gradient only where the caller passed `aux_losses`; else `last_hidden_state` carries that.
+    """
 
     aux_loss: torch.FloatTensor | None = None
 
@@ -46,7 +52,7 @@ class DeepseekMoePreTrainedModel(CheckpointMixin, AttentionNameMixin, PreTrained
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekMoeDecoderLayer", "DeepseekMoeMultiTokenLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -99,8 +105,13 @@ class DeepseekMoePreTrainedModel(CheckpointMixin, AttentionNameMixin, PreTrained
         if self.config.mtp_loss_weight == 0:
             self.base_model.layers[self.config.num_hidden_layers :].requires_grad_(False)
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        super().add_model_tags(tags)
+        if "trl" in tags:  # its trainers, which say so when they are made, compute their losses themselves
+            self.base_model.tell_of_idle_mtp()
 
-class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+
+class DeepseekMoeModel(AttachedLossesMixin, LoadCountsMixin, DeepseekMoePreTrainedModel):
     """Embedding, decoder layers and final norm. Layers behind `num_hidden_layers` are MTP modules, not run here."""
 
     def __init__(self, config: DeepseekMoeConfig):
@@ -129,6 +140,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         use_cache: bool | None = None,
         learned_tokens: torch.Tensor | None = None,
         aux_losses: list[torch.Tensor] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeModelOutput:
         """Hidden states after the final norm, `[B, T, H]`.
@@ -137,22 +149,26 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             input_ids: `[B, T]`; or `inputs_embeds` `[B, T, H]`, exactly one of the two.
             attention_mask: `[B, L]`, 1 for real tokens, on either side; or a 4-D mask used as it is.
             position_ids: `[B, T]`; positions that start again mark packed sequences.
-            past_key_values: a `Cache`; latent attention keeps one tensor a layer in it.
+            past_key_values: a `Cache`; latent attention keeps one tensor a layer in it. `cache` is its newer name.
             learned_tokens: `[B, T]` bool, positions with a target; in `aux_loss` sequences weigh as many as they
                 have of these. None: they weigh alike.
-            aux_losses: a list that gets `aux_loss`, for a caller that does not see this output.
+            aux_losses: a list that gets `aux_loss`, from a caller that adds it to the loss. None: its gradient is
+                attached to the hidden states, with the weight that `attach_loss` says.
         """
+        refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        starts_cache = use_cache and past_key_values is None
-        past_key_values = use_growing_layers(DynamicCache(config=self.config) if starts_cache else past_key_values)
+        cache = one_cache(past_key_values, cache)
+        check_cache(cache, inputs_embeds.device)
+        starts_cache = use_cache and cache is None
+        cache = use_growing_layers(DynamicCache(config=self.config) if starts_cache else cache)
 
         # transformers looks for packed sequences only where there is neither cache nor mask. A new cache and a mask
         # of ones change nothing else.
-        masked_cache = None if starts_cache else past_key_values
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        masked_cache = None if starts_cache or is_paged(cache) else cache
+        seen = 0 if masked_cache is None else cache.get_seq_length()
         if position_ids is not None and masked_cache is None:
             if is_all_ones(attention_mask):
                 attention_mask = None
@@ -162,23 +178,19 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds, attention_mask, position_ids, masked_cache, seen, learned_tokens
         )
         hidden_states, balance_losses = inputs_embeds, []
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            output = layer(
-                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **layer_arguments, **kwargs
-            )
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            # Gradient checkpointing looks for the cache under this name.
+            output = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **layer_arguments, **kwargs)
             # A layer that another pipeline stage holds is replaced by an identity.
-            hidden_states, balance_loss = output if isinstance(output, tuple) else (output, None)
+            hidden_states, balance_loss, load = output if isinstance(output, tuple) else (output, None, None)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
-        aux_loss = sum_losses(balance_losses)
-        if aux_losses is not None and aux_loss is not None:
-            aux_losses.append(aux_loss)
-        return DeepseekMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, aux_loss=aux_loss
-        )
+            self.keep_load(index, load)
+        hidden_states, aux_loss = self.join_objective(self.norm(hidden_states), sum_losses(balance_losses), aux_losses)
+        return DeepseekMoeModelOutput(last_hidden_state=hidden_states, aux_loss=aux_loss, **{CACHE_NAME: cache})
 
     def layer_arguments(
-        self, inputs_embeds, attention_mask, position_ids, past_key_values=None, seen=0, learned_tokens=None
+        self, inputs_embeds, attention_mask, position_ids, cache=None, seen=0, learned_tokens=None
     ) -> dict:
         """What every layer of a forward pass shares: positions, attention mask, and the tokens that losses count."""
         is_packed = position_ids is not None
@@ -188,8 +200,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
         batch, length = inputs_embeds.shape[:2]
@@ -203,6 +215,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 "sequence_ids": sequence_ids(position_ids.expand(batch, -1)) if is_packed and self.training else None,
                 "learned_tokens": learned_tokens,
             },
+            "counts_load": self.counts_load(),
         }
 
 
@@ -218,7 +231,7 @@ class DeepseekMoeForCausalLM(
         super().__init__(config)
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = DeepseekMoeLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -232,6 +245,7 @@ class DeepseekMoeForCausalLM(
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeCausalLMOutput:
         """Logits `[B, T, V]` and, given `labels` `[B, T]` (-100 ignored), the loss.
@@ -244,7 +258,10 @@ class DeepseekMoeForCausalLM(
         In training with large logits (`config.loss_chunk_bytes`) the loss is computed without them, and they are
         computed when first read from the output: read them before the optimizer's step.
         """
+        refuse_unknown(self, kwargs)
         num_items = kwargs.get("num_items_in_batch")
+        # Given labels, the loss below has what this list gets.
+        aux_losses = kwargs.pop("aux_losses", None if labels is None else [])
         learned_tokens = None
         if self.training and labels is not None and num_items is not None:
             learned_tokens = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
@@ -252,10 +269,11 @@ class DeepseekMoeForCausalLM(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             learned_tokens=learned_tokens,
+            aux_losses=aux_losses,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -263,7 +281,7 @@ class DeepseekMoeForCausalLM(
         loss = mtp_loss = None
         aux_loss = outputs.aux_loss
         if labels is None:
-            logits = self.lm_head(hidden_states)
+            logits = call_linear(self.lm_head, hidden_states)
         else:
             logits, loss = self.logits_and_loss(hidden_states, labels, **kwargs)
             if self.training and self.config.mtp_loss_weight and self.config.num_nextn_predict_layers:
@@ -288,29 +306,16 @@ class DeepseekMoeForCausalLM(
             aux_loss=aux_loss,
             mtp_loss=mtp_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
-def _with_balance_loss(forward):
-    """A classification head's forward whose `loss` in training is the head's plus the model's balance losses."""
-
-    @can_return_tuple
-    @wraps(forward)
-    def with_balance_loss(self, *args, **kwargs):
-        aux_losses = []
-        outputs = forward(self, *args, aux_losses=aux_losses, return_dict=True, **kwargs)
-        if outputs.loss is not None:
-            outputs.loss = outputs.loss + sum(aux_losses)
-        return outputs
-
-    return with_balance_loss
-
-
-class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+class DeepseekMoeForSequenceClassification(
+    BalanceLossMixin, GenericForSequenceClassification, DeepseekMoePreTrainedModel
+):
     def __init__(self, config: DeepseekMoeConfig):
         DeepseekMoePreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -318,10 +323,8 @@ class DeepseekMoeForSequenceClassification(GenericForSequenceClassification, Dee
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    forward = _with_balance_loss(GenericForSequenceClassification.forward)
 
-
-class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+class DeepseekMoeForTokenClassification(BalanceLossMixin, GenericForTokenClassification, DeepseekMoePreTrainedModel):
     def __init__(self, config: DeepseekMoeConfig):
         DeepseekMoePreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -329,8 +332,6 @@ class DeepseekMoeForTokenClassification(GenericForTokenClassification, DeepseekM
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.0) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    forward = _with_balance_loss(GenericForTokenClassification.forward)
 
 
 __all__ = [

@@ -8,10 +8,11 @@ from .balancing import (
     communication_balance_loss,
     device_balance_loss,
     expert_balance_loss,
+    expert_load,
     sequence_balance_loss,
 )
 from .experts import DeepseekMoeExperts
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 from .router import DeepseekMoeRouter
 
 
@@ -20,13 +21,14 @@ class DeepseekMoeMLP(nn.Module):
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
-        self.gate_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = DeepseekMoeLinear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = DeepseekMoeLinear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = call_linear(self.gate_proj, hidden_states), call_linear(self.up_proj, hidden_states)
+        return call_linear(self.down_proj, self.act_fn(gate) * up)
 
 
 class DeepseekMoeBlock(nn.Module):
@@ -42,25 +44,29 @@ class DeepseekMoeBlock(nn.Module):
             self.shared_experts = DeepseekMoeMLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, balance_tokens: dict[str, torch.Tensor | None] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the block's output `[B, T, H]` and, in training, its balance loss (a scalar, else None).
+        self,
+        hidden_states: torch.Tensor,
+        balance_tokens: dict[str, torch.Tensor | None] | None = None,
+        counts_load: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the block's output `[B, T, H]`, its balance loss (a scalar in training, else None) and its load.
 
         Args:
             hidden_states: `[B, T, H]`.
             balance_tokens: which tokens the balance losses count and how, the keyword arguments that `balancing`
                 shares; None counts all.
+            counts_load: whether to return the tokens that each expert serves, `[E]` int64, without padding; else None.
         """
         router_logits, topk_weights, topk_index = self.gate(hidden_states)
         routed = self.experts(hidden_states.flatten(0, 1), topk_index, topk_weights).view_as(hidden_states)
         output = routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
-        if not self.training:
-            return output, None
-        batch = hidden_states.shape[:2]
-        balance_loss = self.balance_loss(
-            router_logits.unflatten(0, batch), topk_index.unflatten(0, batch), dict(balance_tokens or {})
-        )
-        return output, balance_loss
+        batch, tokens = hidden_states.shape[:2], dict(balance_tokens or {})
+        router_logits, topk_index = router_logits.unflatten(0, batch), topk_index.unflatten(0, batch)
+        load = None
+        if counts_load:
+            load = expert_load(topk_index, self.config.n_routed_experts, tokens.get("attention_mask"))
+        balance_loss = self.balance_loss(router_logits, topk_index, tokens) if self.training else None
+        return output, balance_loss, load
 
     def balance_loss(self, router_logits, topk_index, tokens) -> torch.Tensor | None:
         """Sum of the balance losses whose coefficient is not zero; None if all are."""

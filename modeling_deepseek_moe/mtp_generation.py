@@ -1,16 +1,46 @@
 """`generate(..., use_mtp=True)`: the MTP modules in memory draft tokens, the main model checks them (FACTS 3.3)."""
 
+from functools import wraps
+
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import CandidateGenerator, GenerationMixin
 
 from .latent_cache import use_growing_layers
+from .linear import call_linear
+from .transformers_names import CACHE_NAME, PREPARED_CACHE_NAME, name_cache
 
 
 class MultiTokenGenerationMixin(GenerationMixin):
     """`generate` that drafts with the model's own MTP modules where transformers would read them from a checkpoint."""
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        name_cache(kwargs)
+        return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE_NAME in inputs:
+            inputs[PREPARED_CACHE_NAME] = inputs.pop(CACHE_NAME)
+        return inputs
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args, **kwargs):
+        if self.config.kv_lora_rank is not None:
+            raise ValueError(
+                f"continuous batching keeps keys and values of every head, and this model has latent attention "
+                f"(kv_lora_rank={self.config.kv_lora_rank}): use generate"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _get_candidate_generator(self, generation_config, input_ids, logits_processor, model_kwargs, **kwargs):
+        if any(isinstance(value, QuantizedCache) for value in model_kwargs.values()):
+            raise ValueError(
+                "drafts that are not taken must be removed from the cache, which cache_implementation='quantized' "
+                "cannot: generate without drafts (use_mtp, an assistant, prompt lookup), or with another cache"
+            )
         takes_precedence = (generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens)
         if not generation_config.use_mtp or any(option is not None for option in takes_precedence):
             return super()._get_candidate_generator(
@@ -32,15 +62,10 @@ class MultiTokenGenerationMixin(GenerationMixin):
             )
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError("use_mtp=True reads the prompt's input_ids: pass them instead of inputs_embeds")
-        if seen := model_kwargs["past_key_values"].get_seq_length():
+        if seen := model_kwargs[CACHE_NAME].get_seq_length():
             raise ValueError(
-                f"use_mtp=True begins with an empty cache, and past_key_values holds {seen} tokens: "
-                "pass the whole sequence without past_key_values"
-            )
-        if self.training and any(layer.gradient_checkpointing for layer in self.model.layers):
-            raise ValueError(
-                "use_mtp=True needs the key-value cache, which gradient checkpointing turns off in training mode: "
-                "call model.eval() first"
+                f"use_mtp=True begins with an empty cache, and the one given holds {seen} tokens: "
+                "pass the whole sequence without it"
             )
         return MultiTokenCandidateGenerator(self, generation_config, logits_processor)
 
@@ -99,10 +124,10 @@ class MultiTokenCandidateGenerator(CandidateGenerator):
             module.forget(count - new)
             ahead = embeds[:, -count:]
             arguments = self.model.model.layer_arguments(
-                ahead, None, None, past_key_values=module.cache, seen=self.length - count
+                ahead, None, None, cache=module.cache, seen=self.length - count
             )
             states = module(states[:, -count:], ahead, **arguments)
-            scores = self.model.lm_head(states[:, -1]).to(input_ids.device, torch.float32)
+            scores = call_linear(self.model.lm_head, states[:, -1]).to(input_ids.device, torch.float32)
             if self.logits_processor:
                 scores = self.logits_processor(input_ids, scores)
             if self.do_sample:
@@ -132,7 +157,7 @@ class DraftModule:
 
     def __call__(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **arguments) -> torch.Tensor:
         """States of the given positions, after that of the position before them: the next module may need it."""
-        states, _ = self.layer(hidden_states, inputs_embeds, past_key_values=self.cache, **arguments)
+        states, *_ = self.layer(hidden_states, inputs_embeds, **{CACHE_NAME: self.cache}, **arguments)
         self.states = states if self.states is None else torch.cat((self.states[:, -1:], states), dim=1)
         return self.states
 

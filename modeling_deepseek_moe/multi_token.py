@@ -7,7 +7,7 @@ from .attention import DeepseekMoeRMSNorm
 from .balancing import sum_losses
 from .checkpoint_layout import MTP_COPIES
 from .decoder_layer import DeepseekMoeDecoderLayer
-from .linear import DeepseekMoeLinear
+from .linear import call_linear
 
 
 class DeepseekMoeSharedHead(nn.Module):
@@ -29,7 +29,7 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         super().__init__(config, layer_idx)
         self.enorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = DeepseekMoeLinear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekMoeSharedHead(config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -40,8 +40,8 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the normed state `[B, T, H]`, input of the head and of the next module, and the balance loss.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the normed state `[B, T, H]`, input of the head and of the next module, balance loss and load.
 
         Args:
             hidden_states: `[B, T, H]`, the main model's output after its final norm, or the module's before.
@@ -49,8 +49,8 @@ class DeepseekMoeMultiTokenLayer(DeepseekMoeDecoderLayer):
         """
         # Released weights expect the embedding first; the paper writes the state first (FACTS T14).
         joined = torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1)
-        hidden_states, balance_loss = super().forward(self.eh_proj(joined), **kwargs)
-        return self.shared_head.norm(hidden_states), balance_loss
+        hidden_states, balance_loss, load = super().forward(call_linear(self.eh_proj, joined), **kwargs)
+        return self.shared_head.norm(hidden_states), balance_loss, load
 
 
 class MultiTokenLossMixin:
@@ -87,7 +87,8 @@ class MultiTokenLossMixin:
             )
             learned = None if learned_tokens is None else nn.functional.pad(targets != -100, (0, 1))
             arguments["balance_tokens"] |= {"attention_mask": counted, "learned_tokens": learned}
-            hidden_states, balance_loss = layer(hidden_states, ahead_embeds, **arguments)
+            hidden_states, balance_loss, load = layer(hidden_states, ahead_embeds, **arguments)
+            self.model.keep_load(self.config.num_hidden_layers + ahead - 1, load)
             _, loss = self.logits_and_loss(
                 hidden_states[:, :-1],
                 labels=None,

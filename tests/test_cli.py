@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError, __version__
 from modeling_deepseek_moe.cli.main import app, main
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 
 
 def call(*arguments):
@@ -104,7 +104,7 @@ def test_a_recipe_runs_from_the_command_line(tmp_path):
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     seen = {}
     module = types.SimpleNamespace(run_demo=lambda **options: seen.update(options))
-    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.demo.demo", module)
+    monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.demo.one_demo", module)
     assert call("demo", "--output-dir", tmp_path, "--hub-id", "me/demo").exit_code == 0
     assert seen == {"output_dir": tmp_path, "hub_id": "me/demo"}
     assert call("demo").exit_code == 0

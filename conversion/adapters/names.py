@@ -13,16 +13,7 @@ from modeling_deepseek_moe import CheckpointError
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
 from ..engine.writing import Reader, same_bytes
-from .files import (
-    ADAPTER_CONFIG,
-    ADAPTER_PREFIX,
-    ADAPTER_WEIGHTS,
-    EXPERT,
-    STACKED,
-    LoraAdapter,
-    Pair,
-    open_adapter,
-)
+from .files import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, EXPERT, STACKED, LoraAdapter, Pair, open_adapter
 from .stacking import Stack, Unstack
 
 KV_B_PROJ = ".self_attn.kv_b_proj"

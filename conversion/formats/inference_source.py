@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
-from modeling_deepseek_moe.checkpoint_files import (
-    FP8_DTYPE,
-    INDEX_NAME,
-    SINGLE_NAME,
-    TensorEntry,
-    read_entries,
-)
+from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, INDEX_NAME, SINGLE_NAME, TensorEntry, read_entries
 from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
 
 from ..engine.slices import Pieces

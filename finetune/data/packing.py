@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..recipe.values import RecipeError
+from ..errors import RecipeError
 from .chat import IGNORED
 
 PACKED = "position_ids"  # the column that packed rows have

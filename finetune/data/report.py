@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
+from ..errors import RecipeError
+from ..files import write_text
 
 REPORT = "data_report.json"
 TOO_LONG, CUT_AWAY = "longer than max_length", "nothing to learn is left after the cut"

@@ -37,9 +37,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
+from ..errors import RecipeError
+from ..files import write_text
+from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
 from .packing import PACKED, flatten, pack
 from .preferences import encode_preference

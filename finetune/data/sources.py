@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets
 
-from ..recipe.values import RecipeError
-from ..runs.folder import file_digest
+from ..errors import RecipeError
+from ..files import file_digest
 from .report import RowError
 
 Rows = Iterator[tuple[str, Any]]

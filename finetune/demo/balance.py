@@ -17,7 +17,7 @@ import torch
 
 from modeling_deepseek_moe.finetune.demo.base import read_recipe
 from modeling_deepseek_moe.finetune.experts.plots import expert_map
-from modeling_deepseek_moe.finetune.runs.folder import aside, write_text
+from modeling_deepseek_moe.finetune.files import replaced, write_text
 
 MEASURES = {
     "eval_loss": "validation loss (nats a token)",
@@ -96,7 +96,7 @@ def _draw(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> 
         else:
             axes.set_ylim(0, None)
     axes.set(xlabel="optimizer step")
-    with aside(path) as picture:
+    with replaced(path) as picture:
         figure.savefig(picture, format="png", dpi=110)
 
 

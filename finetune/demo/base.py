@@ -27,8 +27,8 @@ from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.data.rows import IGNORED
 from modeling_deepseek_moe.finetune.demo.corpus import ASSISTANT, USER, documents
 from modeling_deepseek_moe.finetune.experts.watch import watch_experts
+from modeling_deepseek_moe.finetune.files import write_text
 from modeling_deepseek_moe.finetune.model.balance import BalanceExperts
-from modeling_deepseek_moe.finetune.runs.folder import write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, USER, ASSISTANT]

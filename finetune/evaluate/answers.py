@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import IGNORED, encode_whole
 from ..data.sources import open_rows
-from ..recipe.values import RecipeError
+from ..errors import RecipeError
+from ..progress import counting_bar
 
 _MARK = "\ue000"  # of Unicode's private use area: in no text
 
@@ -97,17 +96,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return first[0] if first and first[0] in special else None
-
-
-def counting_bar() -> Progress:
-    """A bar for each task that counts what is done, and the time left."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def generate_answers(

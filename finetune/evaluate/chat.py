@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import RecipeError
+from ..files import write_text
 from ..model.use import load_for_use
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
 from .conversation import Conversation
 
 COMMANDS = {

@@ -12,7 +12,9 @@ from transformers import (
     TextStreamer,
 )
 
-from ..recipe.values import RecipeError, first_line
+from modeling_deepseek_moe.transformers_names import CACHE_NAME
+
+from ..errors import RecipeError, first_line
 from .answers import stop_tokens, text_of
 
 
@@ -117,7 +119,7 @@ class Conversation:
             tokens = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                past_key_values=self._cache,
+                **{CACHE_NAME: self._cache},
                 max_new_tokens=min(self.max_new_tokens, room),
                 eos_token_id=self._ends or None,
                 pad_token_id=pad,

@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.lora import nearest
-from ..recipe.values import RecipeError, first_line
+from ..errors import RecipeError, first_line, nearest
 
 
 def load_tasks(names: Iterable[str]) -> tuple[Any, list[str]]:

@@ -8,53 +8,10 @@ modules and imports it from there.
 import numbers
 import os
 import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..recipe.values import RecipeError, first_line
-
-if TYPE_CHECKING:
-    from ..recipe.load import Recipe
-
-SHIPPED_METRICS = {path.parent.name: path for path in sorted((Path(__file__).parents[1] / "metrics").glob("*/*.py"))}
-
-
-def find_metric(name: str | os.PathLike[str]) -> str:
-    """The path of a metric's script; a name that is none of ours and no path is a Hub name and stays as it is.
-
-    Args:
-        name: path of a script, of a folder with a script of the folder's name, a shipped metric, or a Hub name.
-
-    Raises:
-        RecipeError: a path where there is no script.
-    """
-    name = os.fspath(name)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return os.fspath(path)
-    if name in SHIPPED_METRICS:
-        return os.fspath(SHIPPED_METRICS[name])
-    if (path / f"{path.name}.py").is_file():
-        return os.fspath(path / f"{path.name}.py")
-    if path.exists() or path.suffix == ".py" or name.startswith((".", "/", "~")):
-        what = f"has no script {path.name}.py" if path.is_dir() else "does not exist"
-        raise RecipeError(
-            f"metric {name!r} {what}: give the path of a metric script, or one of {', '.join(SHIPPED_METRICS)}"
-        )
-    return name
-
-
-def check_metric(recipe: "Recipe") -> None:
-    """Raise a RecipeError if a recipe's `metric` cannot be measured."""
-    if recipe.metric is None:
-        return
-    find_metric(recipe.metric)
-    if recipe.metric_rows < 1:
-        raise RecipeError(f"`metric_rows` is {recipe.metric_rows}: it is 1 at least")
-    if recipe.dpo:
-        raise RecipeError("`metric` judges answers, and rows of preferences have none: leave `metric` or `dpo` out")
-    if not (recipe.eval_data or recipe.eval_fraction):
-        raise RecipeError("`metric` is measured on held-out rows: set `eval_data`, or `eval_fraction` above 0")
+from ..errors import RecipeError, first_line
+from ..recipe.metrics import find_metric
 
 
 def score_answers(metric: str | os.PathLike[str], answers: list[str], references: list[str]) -> dict[str, float]:

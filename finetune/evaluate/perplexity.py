@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_deepseek_moe.chunked_loss import chunked_cross_entropy, is_plain_head
 
 from ..data.chat import IGNORED
-from ..recipe.values import RecipeError
+from ..errors import RecipeError
 
 LONGEST_WINDOW = 2048
 _CHUNK_BYTES = 128 * 2**20  # of float32 logits

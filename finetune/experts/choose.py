@@ -8,11 +8,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..errors import RecipeError
+from ..files import write_text
 from ..model.chosen_experts import train_chosen
-from ..recipe.load import Recipe
-from ..recipe.sections import EsftOptions
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
+from ..recipe.schema import EsftOptions, Recipe
 from .score_data import print_choice, score_rows
 from .scores import CONFIG, SCORES, expert_cfg, read_choice
 

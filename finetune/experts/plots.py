@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..runs.folder import aside
+from ..files import replaced
 
 
 def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: float | None = None) -> None:
@@ -33,7 +33,7 @@ def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: floa
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    with aside(path) as picture:
+    with replaced(path) as picture:
         figure.savefig(picture, format="png", dpi=120)
 
 
@@ -97,5 +97,5 @@ def expert_map(
     for title, difference in differences.items():
         values = difference.double().cpu() * experts
         draw(title, values, Normalize(-limit, limit), colormaps["RdBu_r"], "difference, in even shares")
-    with aside(path) as picture:
+    with replaced(path) as picture:
         figure.savefig(picture, format="png", dpi=120)

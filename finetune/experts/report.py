@@ -29,15 +29,13 @@ import importlib.util
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -45,10 +43,11 @@ from transformers import PreTrainedModel
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
 
 from ..data.rows import load_data
+from ..errors import RecipeError
+from ..files import write_text
 from ..model.use import load_for_use
+from ..progress import row_progress, speedometer
 from ..recipe.load import make_recipe
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
 from .plots import expert_map
 from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 
@@ -195,28 +194,6 @@ def _count(
             one, other = (routing_totals(model, half) for half in halves)
             found.append((one + other, torch.stack([half.shares for half in (one, other) if half.tokens])))
     return found
-
-
-def row_progress() -> Progress:
-    """A bar for each task of rows; a task has the field `speed`, in tokens a second."""
-    columns = (
-        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
-        *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
-    )
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
-    """Starts a task of `row_progress`; call the result with the rows and tokens of every batch done."""
-    started, tokens = time.monotonic(), 0
-    progress.start_task(task)
-
-    def show(new_rows: int, new_tokens: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        progress.update(task, advance=new_rows, speed=tokens / (time.monotonic() - started))
-
-    return show
 
 
 def _layer(i: int, layer: int, sets: list[tuple[RoutingTotals, torch.Tensor]]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..errors import RecipeError
 from ..model.counting import LoadCounter
-from ..recipe.values import RecipeError
 
 CLAIM_FACTOR = 2
 CLAIM = (
@@ -91,7 +91,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
         RecipeError: the model has no MoE layer, or its routing weights are not finite.
     """
     base, layers = model.base_model, moe_layers(model)
-    counter = LoadCounter(base, training=False)
+    counter = LoadCounter(base)
     sums = {
         layer: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
         for layer, router in counter.routers.items()
@@ -115,7 +115,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
             inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
             with torch.inference_mode():
                 base(**inputs, use_cache=False)
-        counts = dict(zip(counter.blocks, counter.take().cpu(), strict=True))
+        counts = dict(zip(counter.blocks, counter.take(training=False).cpu(), strict=True))
     finally:
         for handle in handles:
             handle.remove()

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from ..data.packing import PACKED
 from ..data.rows import load_data
+from ..errors import RecipeError
+from ..files import write_text
 from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
-from ..recipe.sections import PAPERS_TOP_P
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
-from .report import row_progress, speedometer
+from ..progress import row_progress, speedometer
+from ..recipe.schema import PAPERS_TOP_P
 from .routing import moe_layers, padded_batches, routing_totals
 from .scores import Scores, esft_scores, expert_cfg, read_scores, select_experts, trained_count
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.conversion.adapters.esft import check_expert_cfg, read_expert_cfg
 
-from ..recipe.values import RecipeError
+from ..errors import RecipeError
 from .routing import RoutingTotals
 
 SCORES, CONFIG = "expert_scores.json", "expert_cfg.json"

@@ -12,10 +12,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from modeling_deepseek_moe import DeepseekMoeModel
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
 
+from ..files import write_text
+from ..model.balance import BalanceExperts
 from ..model.counting import LoadCounter
-from ..runs.folder import write_text
 from .plots import expert_map
 
 _STATISTICS = {"load_entropy": load_entropy, "max_violation": max_violation, "unused_experts": unused_share}
@@ -27,12 +29,15 @@ _TABLE = "experts.json"
 def watch_experts(trainer: Trainer, folder: Path | None = None) -> "WatchExperts":
     """Watches the experts of a Trainer's model; call it before `trainer.train()`.
 
+    It looks at the counts of the Trainer's `BalanceExperts`, if there is one, and counts itself else.
+
     Each log of the Trainer gets the means, over the MoE layers that ran and the steps since the last one, of
     `load_entropy` (1 is even), `max_violation` (0 is even), `unused_experts` (a share), `bias_range` (if the routers
-    have a bias), `aux_loss` and `mtp_loss`; each evaluation up to the end of training the first three with `eval_` in
-    front, over all its tokens. What `report_to` names gets the first four of every layer too, as
-    `experts/layer_3/load_entropy`. At the end of the run the folder gets `experts.png`, share of the tokens by layer
-    and expert, and `experts.json`; a resumed run's are of all its steps.
+    have a bias), `aux_loss` and `mtp_loss`; `aux_loss` also where the Trainer computes its loss itself and prints it
+    without that. Each evaluation up to the end of training gets the first three with `eval_` in front, over all its
+    tokens. What `report_to` names gets the first four of every layer too, as `experts/layer_3/load_entropy`. At the
+    end of the run the folder gets `experts.png`, share of the tokens by layer and expert, and `experts.json`; a
+    resumed run's are of all its steps.
 
     Args:
         trainer: its model has MoE blocks.
@@ -41,9 +46,10 @@ def watch_experts(trainer: Trainer, folder: Path | None = None) -> "WatchExperts
     Raises:
         ValueError: the model has no MoE block.
     """
-    callback = WatchExperts(trainer.model, folder or Path(trainer.args.output_dir))
-    # Before the callbacks that report what the Trainer logs.
     handler = trainer.callback_handler
+    balance = next((other for other in handler.callbacks if isinstance(other, BalanceExperts)), None)
+    callback = WatchExperts(trainer.model, folder or Path(trainer.args.output_dir), balance)
+    # Before the callbacks that report what the Trainer logs.
     handler.callbacks.insert(0, callback)
     reporting = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
     callback.reporters = [other for other in handler.callbacks if isinstance(other, reporting)]
@@ -56,33 +62,40 @@ class WatchExperts(TrainerCallback):
     Args:
         model: the model in training, with or without adapters.
         folder: for `experts.png` and `experts.json`.
+        balance: whose counts to look at, if the same Trainer has it.
 
     Attributes:
         reporters: callbacks that get the numbers of every layer.
         rows: for each log its `step` and, by name, the numbers of the layers, None for one that did not run.
     """
 
-    def __init__(self, model: nn.Module, folder: Path):
+    def __init__(self, model: nn.Module, folder: Path, balance: BalanceExperts | None = None):
         self.folder = folder
         self.reporters: list[TrainerCallback] = []
-        self.in_training, self.in_evaluation = LoadCounter(model), LoadCounter(model, training=False)
-        self.layers = list(self.in_training.blocks)
+        self.counter, self._counts_itself = (LoadCounter(model), True) if balance is None else (balance.counter, False)
+        if balance is not None:
+            balance.watchers.append(self._keep_counts)
+        self.layers = list(self.counter.blocks)
         self.rows: list[dict[str, Any]] = []
         self._total: torch.Tensor | None = None
         self._steps: list[torch.Tensor] = []
         self._losses: dict[str, list[torch.Tensor]] = {}
         self._step_losses: dict[str, list[torch.Tensor]] = {}
         self._losses_are_shares = False
-        self._loss_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._base_loss: torch.Tensor | None = None
+        self._loss_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         self._unhook()  # a run before may have been interrupted
-        # The Trainer may have wrapped or replaced the model.
-        self.in_training.attach(model)
-        self.in_evaluation.attach(model)
-        self._loss_hook = model.register_forward_hook(self._keep_losses, with_kwargs=True)
+        if self._counts_itself:
+            self.counter.attach(model)  # the Trainer may have wrapped or replaced it
+        base = next(module for module in model.modules() if isinstance(module, DeepseekMoeModel))
+        self._loss_hooks = [
+            model.register_forward_hook(self._keep_losses, with_kwargs=True),
+            base.register_forward_hook(self._keep_base_loss),
+        ]
         self.rows, self._total = [], None
         for kept in (self._steps, self._losses, self._step_losses):
             kept.clear()
@@ -91,12 +104,18 @@ class WatchExperts(TrainerCallback):
             table = json.loads(saved.read_text(encoding="utf-8"))
             self.rows, self._total = table["history"], torch.tensor(table["tokens"])
 
+    def _keep_base_loss(self, base: nn.Module, args: tuple, output: Any) -> None:
+        self._base_loss = None if output.aux_loss is None else output.aux_loss.detach()
+
     def _keep_losses(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        if not model.training or labels is None:
+        base_loss, self._base_loss = self._base_loss, None
+        if not (model.training and torch.is_grad_enabled()):
             return
-        self._losses_are_shares = items is not None
         aux_loss, mtp_loss = (getattr(output, name, None) for name in ("aux_loss", "mtp_loss"))
+        if labels is None or not hasattr(output, "mtp_loss"):  # the model does not compute the loss
+            aux_loss, items = base_loss, None
+        self._losses_are_shares = items is not None
         if aux_loss is not None:
             # As in the model's loss; `mtp_loss` is this call's share already.
             share = 1 if items is None else (labels[:, 1:] != -100).sum() / items
@@ -104,16 +123,19 @@ class WatchExperts(TrainerCallback):
         if mtp_loss is not None:
             self._step_losses.setdefault("mtp_loss", []).append(mtp_loss.detach().float())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        counts = self.in_training.take()
+    def _keep_counts(self, counts: torch.Tensor) -> None:
         self._total = counts if self._total is None else self._total.to(counts.device) + counts
         self._steps.append(_statistics(counts))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._counts_itself:
+            self._keep_counts(self.counter.take())
         for name, parts in self._step_losses.items():
             parts = torch.stack(parts)
             self._losses.setdefault(name, []).append(parts.sum() if self._losses_are_shares else parts.mean())
         self._step_losses.clear()
         # What ran between two steps, of sampling for instance, is not of the next evaluation.
-        self.in_evaluation.drop()
+        self.counter.drop(training=False)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -122,7 +144,7 @@ class WatchExperts(TrainerCallback):
         if "loss" in logs or "train_runtime" in logs:
             mean = self._training_means(args, state, control)
         elif prefix := next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None):
-            mean = _means(dict(zip(_STATISTICS, _statistics(self.in_evaluation.take()), strict=True)))
+            mean = _means(dict(zip(_STATISTICS, _statistics(self.counter.take(training=False)), strict=True)))
             mean = {f"{prefix}_{name}": value for name, value in mean.items()}
         else:
             return
@@ -130,7 +152,7 @@ class WatchExperts(TrainerCallback):
         state.log_history[-1].update(mean)
 
     def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.in_evaluation.drop()
+        self.counter.drop(training=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and (folder := _checkpoint(args, state)).is_dir():
@@ -148,10 +170,11 @@ class WatchExperts(TrainerCallback):
             self._print_table()
 
     def _unhook(self) -> None:
-        self.in_training.remove()
-        self.in_evaluation.remove()
-        if self._loss_hook is not None:
-            self._loss_hook.remove()
+        if self._counts_itself:
+            self.counter.remove()
+        for hook in self._loss_hooks:
+            hook.remove()
+        self._loss_hooks.clear()
 
     def _training_means(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> dict:
         """Means since the last log, which are also reported and kept layer by layer."""
@@ -159,7 +182,7 @@ class WatchExperts(TrainerCallback):
             return {}
         loads = dict(zip(_STATISTICS, torch.stack(self._steps).nanmean(dim=0).cpu(), strict=True))
         self._steps.clear()
-        biases = [getattr(router, "e_score_correction_bias", None) for router in self.in_training.routers.values()]
+        biases = [getattr(router, "e_score_correction_bias", None) for router in self.counter.routers.values()]
         if all(bias is not None for bias in biases):
             ranges = torch.stack([(bias.amax() - bias.amin()).cpu() for bias in biases])
             loads["bias_range"] = ranges.masked_fill(loads["load_entropy"].isnan(), math.nan)

@@ -15,9 +15,9 @@ from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.model_cards.card import PICTURES, check, licence_of, on_the_hub, run_card
 from modeling_deepseek_moe.model_cards.ways_to_load import ways_to_load
 
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
+from ..errors import RecipeError
+from ..files import write_text
+from ..recipe.schema import Recipe
 from ..runs.results import RunResults, read_results, run_identity
 from .staging import CARD, choose_kind, fetch_base, read_base_config, stage
 from .upload import RECORD, Contents, check_repo, make_repo, push, read_file

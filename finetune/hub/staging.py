@@ -28,8 +28,8 @@ from modeling_deepseek_moe.conversion.engine.source import RECORD_NAME, is_other
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.conversion.request import plan_request
 
-from ..recipe.values import RecipeError, first_line
-from ..runs.folder import write_text
+from ..errors import RecipeError, first_line
+from ..files import write_text
 from ..runs.results import RunResults
 from .upload import HUB_FAILURES, read_file, without_secrets
 

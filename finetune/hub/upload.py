@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..recipe.values import RecipeError, first_line
+from ..errors import RecipeError, first_line
 
 RECORD = "deepseek_moe_run.json"
 _WAITS = (2, 8, 30, 120)  # seconds before each further try

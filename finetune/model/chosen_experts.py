@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.conversion.adapters.esft import trained_names
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-from modeling_deepseek_moe.kernels.sorted.sorted_experts import sorted_experts
+from modeling_deepseek_moe.kernels.sorted.experts import sorted_experts
 
 from .counting import blocks_of
 

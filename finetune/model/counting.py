@@ -1,12 +1,11 @@
 """Counting the tokens that each routed expert serves."""
 
 import re
-from typing import Any
 
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.balancing import expert_load
+from modeling_deepseek_moe import DeepseekMoeModel
 from modeling_deepseek_moe.moe import DeepseekMoeBlock
 from modeling_deepseek_moe.router import DeepseekMoeRouter
 
@@ -28,12 +27,11 @@ def router_of(block: DeepseekMoeBlock) -> DeepseekMoeRouter:
 class LoadCounter:
     """Counts tokens an expert in every forward pass of a model until they are taken, without the padding.
 
-    Under `torch.compile` every counted router breaks the graph.
+    Those of training and of evaluation apart. Training is what has gradients: forward passes in training mode under
+    `no_grad`, such as those that draw samples, count as neither. What activation checkpointing repeats counts once.
 
     Args:
-        model: hooks go on its MoE blocks; it may be inside of others (PEFT, DDP).
-        training: count forward passes in training mode, else those in evaluation mode. The second forward pass of
-            activation checkpointing does not count.
+        model: it may be inside of others (PEFT, DDP), and is on its device already.
 
     Attributes:
         blocks: MoE block by layer index.
@@ -44,64 +42,42 @@ class LoadCounter:
         RuntimeError: in the forward pass, if `nn.DataParallel` runs it in copies of the model.
     """
 
-    def __init__(self, model: nn.Module, training: bool = True):
-        self.training = training
-        self._counts: dict[int, torch.Tensor] = {}
-        self._mask: torch.Tensor | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+    def __init__(self, model: nn.Module):
+        self._base: DeepseekMoeModel | None = None
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
         """Counts in this model from now on, from zero, and no longer in the one before."""
         self.remove()
-        self.drop()
         self.blocks = blocks_of(model)
-        if not self.blocks:
+        base = next((module for module in model.modules() if isinstance(module, DeepseekMoeModel)), None)
+        if base is None or not self.blocks:
             raise ValueError(f"{type(model).__name__} has no `layers` with a DeepseekMoeBlock to count in")
         self.routers = {layer: router_of(block) for layer, block in self.blocks.items()}
-        # Functions, not methods: copying a module must not copy the counter and with it the model.
-        for layer, block in self.blocks.items():
-            self._handles += [
-                block.register_forward_pre_hook(lambda _, args: self._keep_mask(args)),
-                block.gate.register_forward_hook(
-                    lambda gate, _, output, layer=layer: self._count(layer, gate, output)
-                ),
-            ]
-
-    def take(self) -> torch.Tensor:
-        """Counts `[layers, E]` (int64) since the last call, of all processes together, layers as in `blocks`."""
         router = next(iter(self.routers.values()))
-        device = next((counts.device for counts in self._counts.values()), router.weight.device)
-        zeros = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
-        stacked = torch.stack([self._counts.get(layer, zeros).to(device) for layer in self.blocks])
-        self.drop()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(stacked)
-        return stacked
+        shape = (2, len(base.layers), router.num_experts)
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=router.weight.device)
+        self._base = base
+        base.expert_counts.append(self._counts)
 
-    def drop(self) -> None:
-        """Forgets what was counted."""
-        self._counts.clear()
+    def take(self, training: bool = True) -> torch.Tensor:
+        """Counts `[layers, E]` (int64) since the last call, of all processes together, layers as in `blocks`.
+
+        Args:
+            training: of training, else of evaluation.
+        """
+        taken = self._counts[int(training)][list(self.blocks)]
+        self.drop(training)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(taken)
+        return taken
+
+    def drop(self, training: bool = True) -> None:
+        """Forgets what was counted in training, or in evaluation."""
+        self._counts[int(training)].zero_()
 
     def remove(self) -> None:
-        """Takes the hooks off the model; what was counted can still be taken."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _keep_mask(self, args: tuple[Any, ...]) -> None:
-        tokens = args[1] if len(args) > 1 else None
-        self._mask = tokens["attention_mask"] if tokens else None
-
-    def _count(self, layer: int, gate: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
-        # A backward pass is running where checkpointing computes a forward pass again.
-        if gate.training != self.training or torch._C._current_graph_task_id() != -1:
-            return
-        if getattr(gate, "_is_replica", False):
-            raise RuntimeError(
-                "experts cannot be counted under nn.DataParallel: start one process a GPU (torchrun --nproc-per-node "
-                f"{torch.cuda.device_count()} ...), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        mask = None if self._mask is None else self._mask.flatten()
-        counts = expert_load(output[2].detach(), self.routers[layer].num_experts, mask)
-        self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
+        """Counts no longer; what was counted can still be taken."""
+        if self._base is not None:
+            self._base.expert_counts = [counts for counts in self._base.expert_counts if counts is not self._counts]
+            self._base = None

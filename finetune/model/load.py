@@ -6,8 +6,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError, first_line
+from ..errors import RecipeError, first_line
+from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options

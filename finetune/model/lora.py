@@ -14,26 +14,19 @@ chosen layers. Layers behind `num_hidden_layers` (multi-token prediction) are ch
 """
 
 import contextlib
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from modeling_deepseek_moe.parts import MODULES, PARAMETERS, WORDS
+
+from ..recipe.checks import check_words
+
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-_MLP = r"(?:gate_proj|up_proj|down_proj)"
-_MODULES = {
-    "attention": re.compile(r"self_attn\.\w+_proj(?:_with_mqa)?"),
-    "shared_experts": re.compile(rf"mlp\.shared_experts\.{_MLP}"),
-    "dense_mlp": re.compile(rf"mlp\.{_MLP}"),
-}
-_PARAMETERS = {
-    "routed_experts": re.compile(r"mlp\.experts\.(?:gate_up_proj|down_proj)"),
-    "router": re.compile(r"mlp\.gate\.weight"),
-}
 _LAYER = re.compile(r"(?:.*\.)?(?P<name>layers\.(?P<layer>\d+)\.(?P<leaf>.+))")
 _NEEDS_LINEAR = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 _TASKS = {
@@ -43,8 +36,6 @@ _TASKS = {
     "Model": "FEATURE_EXTRACTION",
 }
 
-WORDS = (*_MODULES, *_PARAMETERS)
-
 
 @contextlib.contextmanager
 def known_warnings() -> Iterator[None]:
@@ -52,21 +43,6 @@ def known_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice most like `word`."""
-    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
-
-
-def check_words(targets: Iterable[str]) -> None:
-    """Raise a ValueError for a word that is none of `WORDS` or `all`."""
-    choices = (*WORDS, "all")
-    for word in targets:
-        if word not in choices:
-            raise ValueError(
-                f"unknown word {word!r} (choices: {', '.join(choices)}): did you mean {nearest(str(word), choices)!r}?"
-            )
 
 
 def lora_config(
@@ -106,7 +82,7 @@ def lora_config(
         if not found[word] and word in targets:
             has = ", ".join(known for known in WORDS if found[known])
             raise ValueError(f"{word!r} matches nothing in this model (it has {has}): leave the word out")
-    stacked = [word for word in words if word in _PARAMETERS and found[word]]
+    stacked = [word for word in words if word in PARAMETERS and found[word]]
     for option in _NEEDS_LINEAR:
         if stacked and peft_options.get(option):
             raise ValueError(
@@ -117,7 +93,7 @@ def lora_config(
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=_pattern([name for word in words if word in _MODULES for name in found[word]]),
+        target_modules=_pattern([name for word in words if word in MODULES for name in found[word]]),
         target_parameters=[name for word in stacked for name in found[word]],
         **{"task_type": task, **peft_options},
     )
@@ -133,8 +109,8 @@ def _find(model: "PreTrainedModel", layers: int | Iterable[int] | None) -> dict[
         raise ValueError(f"layers_to_transform names layer {outside[0]}: adapters can sit on layers 0 to {depth - 1}")
     found: dict[str, list[str]] = {word: [] for word in WORDS}
     for patterns, names in (
-        (_MODULES, (name for name, _ in model.named_modules())),
-        (_PARAMETERS, (name for name, _ in model.named_parameters())),
+        (MODULES, (name for name, _ in model.named_modules())),
+        (PARAMETERS, (name for name, _ in model.named_parameters())),
     ):
         for name in names:
             part = _LAYER.fullmatch(name)

@@ -2,36 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..recipe.values import RecipeError
-
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..recipe.load import Recipe
-
-
-def check_quantization(recipe: "Recipe") -> None:
-    """Raise a RecipeError for keys that do not go with weights in four bits, which are frozen and not saved."""
-    if recipe.quantization is None:
-        return
-    name = f"`quantization` is {recipe.quantization}"
-    if not recipe.lora or recipe.esft:
-        way_out = "leave the `esft` keys out" if recipe.lora else "set `lora.targets`, or leave `quantization` out"
-        raise RecipeError(f"{name}, whose weights are frozen and carry LoRA: {way_out}")
-    if recipe.merge:
-        raise RecipeError(
-            f"{name}, into which adapters are not merged: set merge: false, and merge the adapter into the model "
-            f"itself afterwards with `deepseek-moe convert {recipe.model} TARGET --to bf16 --adapter ADAPTER`"
-        )
-    if recipe.bias_update_speed:
-        raise RecipeError(
-            f"{name}, of which only the adapter is saved, but `bias_update_speed` moves the routers' bias: set it to 0"
-        )
-    if recipe.experts_implementation not in (None, "sorted_mm"):
-        raise RecipeError(
-            f"{name}, which multiplies expert by expert, but `experts_implementation` is "
-            f"{recipe.experts_implementation!r}: leave it out"
-        )
+    from ..recipe.schema import Recipe
 
 
 def quantization_options(recipe: "Recipe") -> dict[str, Any]:

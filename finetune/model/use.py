@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.expert_lora import load_adapter
 
+from ..errors import RecipeError
 from ..recipe.load import make_recipe
-from ..recipe.values import RecipeError
 from .esft_adapter import esft_folder, load_esft_adapter
 from .load import load
 from .lora import known_warnings

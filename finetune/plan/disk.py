@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import nn
 from transformers import Trainer
 
+from ..errors import RecipeError
 from ..model.load import trains_adapter
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError
+from ..recipe.schema import Recipe
 
 # What the optimizer keeps for each trained weight, in its size; two where not named, as Adam does.
 _STATES = {"sgd": 0, "adafactor": 1, "adagrad": 1, "rmsprop": 1}

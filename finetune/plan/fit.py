@@ -15,9 +15,9 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_json
 
-from ..model.lora import nearest
-from ..recipe.load import Recipe, load_recipe, make_recipe
-from ..recipe.values import RecipeError, first_line
+from ..errors import RecipeError, first_line, nearest
+from ..recipe.load import load_recipe, make_recipe
+from ..recipe.schema import Recipe
 from .memory import Memory, Plan
 
 GIB = 2**30

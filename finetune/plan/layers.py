@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.kernels.sorted.sorted_rows import filled
+from modeling_deepseek_moe.kernels.sorted.rows import filled
 
 from ..model.chosen_experts import ChosenExperts
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from modeling_deepseek_moe import DeepseekMoeConfig
 
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError
+from ..errors import RecipeError
+from ..recipe.schema import Recipe
 from . import layers
 from .layers import FLOAT, Shape, Stage
 from .model import Parameter, meta_model, parameters_of, weights_by_part

@@ -13,11 +13,10 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMo
 from modeling_deepseek_moe.conversion.adapters.esft import read_expert_cfg
 from modeling_deepseek_moe.quantized.weights import BITS, is_quantized
 
+from ..errors import RecipeError
 from ..model.chosen_experts import train_chosen
 from ..model.load import add_adapters
-from ..recipe.load import Recipe
-from ..recipe.sections import EsftOptions
-from ..recipe.values import RecipeError
+from ..recipe.schema import EsftOptions, Recipe
 
 # Of a layer's experts, in the mean: stored parameters of the paper's runs on DeepSeek-V2-Lite (FACTS 5.3).
 ESFT_SHARES = {"token": 0.09, "gate": 0.112}

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from modeling_deepseek_moe.latent_cache import cache_elements
 
+from ..errors import RecipeError
 from ..recipe.load import SHIPPED
-from ..recipe.values import RecipeError
 from .fit import (
     GIB,
     GPUS,

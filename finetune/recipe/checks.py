@@ -1,13 +1,103 @@
-"""Which recipe keys about data and preferences go together."""
+"""Which values a recipe's keys may have, and which keys go together; nothing is loaded for it."""
 
-from __future__ import annotations
+from collections.abc import Iterable
 
-from typing import TYPE_CHECKING
+from modeling_deepseek_moe.parts import WORDS
 
-from .values import RecipeError
+from ..errors import RecipeError, nearest
+from .metrics import find_metric
+from .schema import DTYPES, EsftOptions, Recipe
 
-if TYPE_CHECKING:
-    from .load import Recipe
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise a RecipeError for a value that is out of range, or for keys that do not go together."""
+    if recipe.dtype not in DTYPES:
+        raise RecipeError(f"`dtype` is {recipe.dtype!r}: choose one of {', '.join(DTYPES)}")
+    if recipe.max_length < 2:
+        raise RecipeError(f"`max_length` is {recipe.max_length}: a row needs at least 2 tokens to learn from")
+    if not 0 <= recipe.eval_fraction < 1:
+        raise RecipeError(f"`eval_fraction` is {recipe.eval_fraction}: it is a share of the rows, from 0 to below 1")
+    if recipe.bias_update_speed < 0:
+        raise RecipeError(f"`bias_update_speed` is {recipe.bias_update_speed}: it cannot be negative")
+    if recipe.lora and not recipe.lora.get("targets"):
+        key = next(iter(recipe.lora))
+        raise RecipeError(
+            f"`lora.{key}` has no effect without `lora.targets`: list its words, or remove the lora keys"
+        )
+    try:
+        check_words(recipe.lora.get("targets", []))
+    except ValueError as error:
+        raise RecipeError(f"`lora.targets`: {error}") from error
+    check_quantization(recipe)
+    if recipe.merge and not (recipe.lora or recipe.esft):
+        raise RecipeError(
+            "`merge` is true but there are no adapters to merge: set `lora.targets` or an `esft` key, or merge: false"
+        )
+    saves_no_bias = recipe.lora or (recipe.esft and not recipe.esft.get("non_expert_modules"))
+    if recipe.bias_update_speed and saves_no_bias and not recipe.merge:
+        raise RecipeError(
+            "`bias_update_speed` moves the routers' bias, which an adapter does not carry: set it to 0 to freeze the "
+            "bias, or set merge: true to save the model that has it"
+        )
+    check_esft(recipe)
+    check_data_keys(recipe)
+    check_metric(recipe)
+
+
+def check_words(targets: Iterable[str]) -> None:
+    """Raise a ValueError for a word that is none of `WORDS` or `all`."""
+    choices = (*WORDS, "all")
+    for word in targets:
+        if word not in choices:
+            raise ValueError(
+                f"unknown word {word!r} (choices: {', '.join(choices)}): did you mean {nearest(str(word), choices)!r}?"
+            )
+
+
+def check_esft(recipe: Recipe) -> None:
+    """Raise a RecipeError if the `esft` keys of a recipe cannot be followed or contradict other keys."""
+    if not recipe.esft:
+        return
+    options = EsftOptions(**recipe.esft)
+    if recipe.lora:
+        raise RecipeError("`lora` and `esft` are two ways to train a part of the model: remove the keys of one")
+    if not 0 < options.share <= 1:
+        raise RecipeError(f"`esft.top_p` is {options.share}: it is a share of a layer's scores, above 0 and at most 1")
+    if options.sample_tokens < 1:
+        raise RecipeError(f"`esft.sample_tokens` is {options.sample_tokens}: it is a number of tokens, at least 1")
+    for key in ("dpo", "streaming"):
+        if getattr(recipe, key) and not options.experts:
+            raise RecipeError(
+                f"with `{key}` the rows are not scored: choose the experts before (`deepseek-moe esft score`, then "
+                "`esft select`), and give the file as `esft.experts`"
+            )
+    for key in ("fsdp", "deepspeed"):
+        if recipe.training.get(key):
+            raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
+
+
+def check_quantization(recipe: Recipe) -> None:
+    """Raise a RecipeError for keys that do not go with weights in four bits, which are frozen and not saved."""
+    if recipe.quantization is None:
+        return
+    name = f"`quantization` is {recipe.quantization}"
+    if not recipe.lora or recipe.esft:
+        way_out = "leave the `esft` keys out" if recipe.lora else "set `lora.targets`, or leave `quantization` out"
+        raise RecipeError(f"{name}, whose weights are frozen and carry LoRA: {way_out}")
+    if recipe.merge:
+        raise RecipeError(
+            f"{name}, into which adapters are not merged: set merge: false, and merge the adapter into the model "
+            f"itself afterwards with `deepseek-moe convert {recipe.model} TARGET --to bf16 --adapter ADAPTER`"
+        )
+    if recipe.bias_update_speed:
+        raise RecipeError(
+            f"{name}, of which only the adapter is saved, but `bias_update_speed` moves the routers' bias: set it to 0"
+        )
+    if recipe.experts_implementation not in (None, "sorted_mm"):
+        raise RecipeError(
+            f"{name}, which multiplies expert by expert, but `experts_implementation` is "
+            f"{recipe.experts_implementation!r}: leave it out"
+        )
 
 
 def check_data_keys(recipe: Recipe) -> None:
@@ -36,3 +126,16 @@ def check_data_keys(recipe: Recipe) -> None:
         )
     if recipe.quantization and recipe.dpo.get("precompute_ref_log_probs"):
         raise RecipeError("`dpo.precompute_ref_log_probs: true` does not work with `quantization`: remove it")
+
+
+def check_metric(recipe: Recipe) -> None:
+    """Raise a RecipeError if a recipe's `metric` cannot be measured."""
+    if recipe.metric is None:
+        return
+    find_metric(recipe.metric)
+    if recipe.metric_rows < 1:
+        raise RecipeError(f"`metric_rows` is {recipe.metric_rows}: it is 1 at least")
+    if recipe.dpo:
+        raise RecipeError("`metric` judges answers, and rows of preferences have none: leave `metric` or `dpo` out")
+    if not (recipe.eval_data or recipe.eval_fraction):
+        raise RecipeError("`metric` is measured on held-out rows: set `eval_data`, or `eval_fraction` above 0")

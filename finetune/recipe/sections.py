@@ -3,10 +3,10 @@
 import dataclasses
 import typing
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from .values import RecipeError
+from ..errors import RecipeError
+from .schema import EsftOptions
 
 SECTIONS = ("lora", "esft", "dpo", "losses", "training")
 # Fields of `DeepseekMoeConfig` that only training reads.
@@ -43,58 +43,6 @@ _NOT_OF_DPO = {
     "padding_free",
     "pad_token",
 }
-
-
-# Of 64 routed experts a layer (FACTS 5.1).
-PAPERS_TOP_P = {"token": 0.2, "gate": 0.1}
-
-
-@dataclass(frozen=True)
-class EsftOptions:
-    """Which routed experts expert-specialized fine-tuning trains (ESFT, arXiv 2407.01906).
-
-    Attributes:
-        score: token, the share of the tokens that an expert serves, or gate, its mean gate value.
-        top_p: per layer, the fewest experts whose scores sum up to this; None for the paper's, 0.2 for token and 0.1
-            for gate.
-        sample_tokens: how many tokens of the training rows are scored.
-        experts: an `expert_cfg.json` that was chosen before; then nothing is scored.
-        shared_experts, non_expert_modules: train these as well.
-    """
-
-    score: Literal["token", "gate"] = "token"
-    top_p: float | None = None
-    sample_tokens: int = 131_072
-    experts: str | None = None
-    shared_experts: bool = False
-    non_expert_modules: bool = False
-
-    @property
-    def share(self) -> float:
-        """`top_p`, or the paper's for this score."""
-        return PAPERS_TOP_P[self.score] if self.top_p is None else self.top_p
-
-
-def check_esft(recipe: Any) -> None:
-    """Raise a RecipeError if the `esft` keys of a recipe cannot be followed or contradict other keys."""
-    if not recipe.esft:
-        return
-    options = EsftOptions(**recipe.esft)
-    if recipe.lora:
-        raise RecipeError("`lora` and `esft` are two ways to train a part of the model: remove the keys of one")
-    if not 0 < options.share <= 1:
-        raise RecipeError(f"`esft.top_p` is {options.share}: it is a share of a layer's scores, above 0 and at most 1")
-    if options.sample_tokens < 1:
-        raise RecipeError(f"`esft.sample_tokens` is {options.sample_tokens}: it is a number of tokens, at least 1")
-    for key in ("dpo", "streaming"):
-        if getattr(recipe, key) and not options.experts:
-            raise RecipeError(
-                f"with `{key}` the rows are not scored: choose the experts before (`deepseek-moe esft score`, then "
-                "`esft select`), and give the file as `esft.experts`"
-            )
-    for key in ("fsdp", "deepspeed"):
-        if recipe.training.get(key):
-            raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
 
 
 def section_hints(used: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -7,14 +7,7 @@ from typing import Any
 
 import yaml
 
-
-class RecipeError(ValueError):
-    """Something in a recipe or in the data it names is wrong; the message is one line that says the way out."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+from ..errors import RecipeError
 
 
 def read_yaml(text: str, where: str) -> Any:

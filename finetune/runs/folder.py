@@ -11,19 +11,18 @@ bad_batch.json       the rows at which a loss became no number
 loss.png  experts.png  experts.json  summary.json  trainer_state.json
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..recipe.load import Recipe, dump_recipe, load_recipe
-from ..recipe.values import RecipeError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import RecipeError
+from ..files import file_digest, remove, write_text
+from ..recipe.load import dump_recipe, load_recipe
+from ..recipe.schema import Recipe
 
 _RECIPE, _DATA_MARKS, _COMPLETE = "recipe.yaml", "data.json", "complete"
 _OURS = re.compile(
@@ -52,7 +51,7 @@ def open_run(recipe: Recipe) -> tuple[Path, bool]:
                     f"`output_dir` {folder} holds another run ({differs}): choose another folder, or set "
                     "`overwrite: true` to delete that run"
                 )
-            _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+            remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
     elif folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"`output_dir` {folder} holds files that are not of a run: choose another folder")
     try:
@@ -61,14 +60,14 @@ def open_run(recipe: Recipe) -> tuple[Path, bool]:
         write_text(folder / _RECIPE, dump_recipe(recipe))
     except OSError as error:
         raise RecipeError(f"cannot write in `output_dir` {folder}: {error.strerror}") from error
-    _remove(folder.glob("*.aside"))
-    _remove(path for path in _checkpoints(folder) if not (path / _COMPLETE).is_file())
+    remove(folder.glob("*.aside"))
+    remove(path for path in _checkpoints(folder) if not (path / _COMPLETE).is_file())
     return folder, is_new
 
 
 def forget_run(folder: Path) -> None:
     """Takes a run that could not begin back out of its folder, and the folder away if nothing else is in it."""
-    _remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    remove(path for path in folder.iterdir() if _OURS.fullmatch(path.name))
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -84,25 +83,12 @@ def mark_complete(checkpoint: Path) -> None:
     write_text(checkpoint / _COMPLETE, "")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    aside = path.with_name(f"{path.name}.aside")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+class MarkCheckpoints(TrainerCallback):
+    """Marks a checkpoint when all of it is written, so that a later run can tell it from one cut off by a kill."""
 
-
-@contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A new name to write to, renamed to `path` (a file or a folder, which it replaces) when the block succeeds."""
-    name = path.with_name(f"{path.name}.aside")
-    _remove([name])
-    yield name
-    if path.is_dir():
-        _remove([path])
-    os.replace(name, path)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
@@ -124,26 +110,9 @@ def _digest(source: str) -> str:
     return file_digest(Path(source)) if Path(source).is_file() else ""
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
-def _remove(paths) -> None:
-    for path in list(paths):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -11,8 +11,9 @@ import yaml
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 
-from ..recipe.values import RecipeError
-from .folder import MAY_CHANGE, file_digest
+from ..errors import RecipeError
+from ..files import file_digest
+from .folder import MAY_CHANGE
 
 _PARTS = ("adapter", "model")
 _OF_A_MACHINE = ("model", "data", "eval_data")

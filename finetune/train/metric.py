@@ -5,11 +5,11 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from ..errors import RecipeError
 from ..evaluate.answers import Question, generate_answers, question_of, text_of
 from ..evaluate.metrics import score_answers
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError
-from ..runs.folder import write_text
+from ..files import write_text
+from ..recipe.schema import Recipe
 
 
 def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) -> dict[str, float] | None:

@@ -16,24 +16,22 @@ from transformers import (
     set_seed,
 )
 
-from ..data.report import row_counts
 from ..data.rows import collator, recipe_rows
+from ..errors import RecipeError, first_line
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
-from ..experts.scores import trained_count
 from ..experts.watch import watch_experts
+from ..files import replaced, write_text
 from ..hub.push import open_repo, push_run
-from ..model.balance import BalanceExperts, MarkCheckpoints
-from ..model.chosen_experts import is_specialized
+from ..model.balance import BalanceExperts, KeepRouterBiases
 from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError, first_line
-from ..router_biases import KeepRouterBiases
-from ..runs.folder import aside, forget_run, last_checkpoint, open_run, write_text
+from ..recipe.schema import Recipe
+from ..runs.folder import MarkCheckpoints, forget_run, last_checkpoint, open_run
 from .metric import measure_metric, metric_before
-from .save import machine, print_summary, save
+from .save import save
+from .summary import print_summary, summarize
 from .trainer import FineTuner
 
 # A loss that is no number ends the run (`trainer.py`), so the Trainer need not hide it.
@@ -67,7 +65,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if is_new and arguments.process_index == 0:
             forget_run(folder)
         raise
-    model, tokenizer = trainer.model, trainer.processing_class
 
     started = time.monotonic()
     checkpoint = last_checkpoint(folder)
@@ -78,24 +75,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
     train_from(trainer, checkpoint, folder)
     after = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
 
-    summary = {
-        "model": recipe.model,
-        "lora": recipe.lora.get("targets", []),
-        "trained_experts": trained_count(model.expert_cfg) if is_specialized(model) else None,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **row_counts(folder),
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
+    last_scores = measure_metric(trainer, recipe)
+    summary = summarize(trainer, recipe, folder, checkpoint) | {
         "eval_loss_before": before,
         "eval_loss_after": after,
         "metric_before": first_scores,
-        "metric_after": measure_metric(trainer, recipe),
+        "metric_after": last_scores,
         "seconds": round(time.monotonic() - started, 1),
-        "seconds_per_step": trainer.step_times.median,
-        **machine(),
     }
     if recipe.dpo:
         from .preferences import preference_metrics
@@ -103,9 +89,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         summary |= preference_metrics(trainer.state.log_history)
     if not trainer.is_world_process_zero():
         return summary
-    summary |= save(trainer, tokenizer, recipe, folder)
+    summary |= save(trainer, trainer.processing_class, recipe, folder)
     loss_curve(trainer.state.log_history, folder / "loss.png", before)
-    with aside(folder / "trainer_state.json") as path:
+    with replaced(folder / "trainer_state.json") as path:
         trainer.state.save_to_json(os.fspath(path))
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if recipe.hub_id:
@@ -171,7 +157,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
             )
         if recipe.quantization:
             leave_out_of_ddp(trainer.model)
-        if model.config.has_experts:
+        if recipe.watch and model.config.has_experts:
             watch_experts(trainer, folder)
         check_room(trainer, recipe, folder)
         return trainer

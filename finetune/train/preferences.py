@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer
 
 from ..data.rows import RunRows
+from ..errors import RecipeError, first_line
 from ..model.load import load
 from ..model.lora import known_warnings, lora_config
-from ..recipe.load import Recipe
-from ..recipe.values import RecipeError, first_line
+from ..recipe.schema import Recipe
 from .trainer import Finishes
 
 

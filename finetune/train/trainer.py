@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RecipeError
+from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
-from ..recipe.values import RecipeError
-from ..runs.folder import last_checkpoint, write_text
+from ..runs.folder import last_checkpoint
 
 BAD_BATCH = "bad_batch.json"
 

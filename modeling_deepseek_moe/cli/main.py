@@ -29,7 +29,7 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             from modeling_deepseek_moe import CheckpointError
-            from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+            from modeling_deepseek_moe.finetune.errors import RecipeError
 
             try:
                 verb(*args, **kwargs)
@@ -156,6 +156,11 @@ def convert(
     """Convert a checkpoint to another format, of any size; the same command goes on where a killed one stopped."""
     from modeling_deepseek_moe.conversion.command import run_convert
 
+    rows = None
+    if data is not None:
+        from modeling_deepseek_moe.finetune.data.plain_rows import read_rows
+
+        rows = read_rows(source, data)
     run_convert(
         source,
         target,
@@ -169,7 +174,7 @@ def convert(
         base=base,
         kv_b_proj=kv_b_proj,
         upcycle={"experts": experts, "shared_experts": shared_experts, "top_k": top_k, "dense_layers": dense_layers},
-        data=data,
+        data=rows,
         verify=verify,
         copy=copy,
     )
@@ -247,7 +252,7 @@ def demo(
     ] = None,
 ) -> None:
     """Fine-tune a tiny DeepSeekMoE model with LoRA on this machine and show what it learned."""
-    from modeling_deepseek_moe.finetune.demo.demo import run_demo
+    from modeling_deepseek_moe.finetune.demo.one_demo import run_demo
 
     run_demo(output_dir=output_dir, hub_id=hub_id)
 

@@ -41,7 +41,7 @@ def evaluate(
     dtype: _Dtype = "auto",
 ) -> None:
     """Measure a model on benchmarks, a text or rows with answers; before and after in one table."""
-    from modeling_deepseek_moe.finetune.evaluate.evaluation import evaluate_model
+    from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
 
     evaluate_model(
         model,

@@ -25,6 +25,6 @@ def register_kernels() -> None:
 
 def _triton_experts_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
     # Triton is imported where it is used: not every platform has it.
-    from .triton.triton_experts import triton_experts
+    from .triton.experts import triton_experts
 
     return triton_experts(*args, **kwargs)

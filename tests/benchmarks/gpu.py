@@ -97,7 +97,7 @@ def _measure(options: argparse.Namespace, gpu_rows, gpu_report) -> int:
     from gpu_timing import Budget, measured_roofs
     from routing import RoutingFileError
 
-    from modeling_deepseek_moe.kernels.triton.triton_launch import INTERPRETED, refusal
+    from modeling_deepseek_moe.kernels.triton.launch import INTERPRETED, refusal
 
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

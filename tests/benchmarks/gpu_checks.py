@@ -24,11 +24,11 @@ from torch.func import functional_call
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
 from modeling_deepseek_moe.kernels.sorted.low_rank import Adapter
 from modeling_deepseek_moe.kernels.triton import reference
+from modeling_deepseek_moe.kernels.triton.experts import triton_experts
 from modeling_deepseek_moe.kernels.triton.gate_up import gate_backward, gate_up_product
 from modeling_deepseek_moe.kernels.triton.grouped_gemm import rows_product
 from modeling_deepseek_moe.kernels.triton.latent_decode import latent_attention, quantize_latent
 from modeling_deepseek_moe.kernels.triton.pair_sorting import sort_pairs, sum_pairs
-from modeling_deepseek_moe.kernels.triton.triton_experts import triton_experts
 from modeling_deepseek_moe.kernels.triton.weight_gradient import weight_gradient
 
 # A rounding to bfloat16 is off by 2^-8 at most, to float16 by 2^-11; results have been rounded up to four times.

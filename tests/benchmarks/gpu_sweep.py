@@ -17,8 +17,8 @@ from gpu_timing import Budget, alternate_on_device
 from modeling_deepseek_moe.kernels.triton import latent_decode
 from modeling_deepseek_moe.kernels.triton.gate_up import gate_backward, gate_up_product
 from modeling_deepseek_moe.kernels.triton.grouped_gemm import Tiles, fitting, rows_product
+from modeling_deepseek_moe.kernels.triton.launch import shared_memory
 from modeling_deepseek_moe.kernels.triton.pair_sorting import sort_pairs
-from modeling_deepseek_moe.kernels.triton.triton_launch import shared_memory
 from modeling_deepseek_moe.kernels.triton.weight_gradient import weight_gradient
 
 # Rows, columns, depth, warps, stages; as many stages are taken as have room.

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modeling_deepseek_moe.finetune.demo.demo import base_folder
+from modeling_deepseek_moe.finetune.demo.one_demo import base_folder
 
 HERE = Path(__file__).parent
 RATES = {"continue_pretraining": 2e-3, "lora_all": 6e-3, "esft_token": 4e-3}

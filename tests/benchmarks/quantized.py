@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
-from modeling_deepseek_moe.finetune.demo import demo
+from modeling_deepseek_moe.finetune.demo import one_demo as demo
 from modeling_deepseek_moe.finetune.demo import task as demo_task
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.recipe.load import load_recipe

@@ -80,7 +80,7 @@ class Bench:
     """Runs recipes in `scratch`, a few at a time, each once."""
 
     def __init__(self, scratch: Path, jobs: int, steps: int):
-        from modeling_deepseek_moe.finetune.demo.demo import base_folder
+        from modeling_deepseek_moe.finetune.demo.one_demo import base_folder
 
         self.scratch, self.jobs, self.steps, self.base = scratch, jobs, steps, base_folder()
         self.files = write_rows(scratch, 2 * steps * BATCH)

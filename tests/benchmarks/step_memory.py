@@ -13,7 +13,8 @@ from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.model.chosen_experts import train_chosen
 from modeling_deepseek_moe.finetune.model.load import add_adapters
 from modeling_deepseek_moe.finetune.plan.model import assumed_choice
-from modeling_deepseek_moe.finetune.recipe.load import Recipe, make_recipe
+from modeling_deepseek_moe.finetune.recipe.load import make_recipe
+from modeling_deepseek_moe.finetune.recipe.schema import Recipe
 from modeling_deepseek_moe.finetune.train.one_run import training_arguments
 from modeling_deepseek_moe.quantized.loading import quantize_weights
 from modeling_deepseek_moe.quantized.weights import NF4Weight

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from convert_folders import QUANTIZATION, bf16_tensors, ragged_json, random_fp8, sharded
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_edits import EDITS, FUZZ, edited
 
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME
 from modeling_deepseek_moe.conversion.engine.source import open_source
-from modeling_deepseek_moe.conversion.formats.formats import plan_conversion
+from modeling_deepseek_moe.conversion.formats.table import plan_conversion
 
 
 @pytest.fixture(scope="module")
@@ -22,53 +23,6 @@ def small(tmp_path_factory) -> Path:
     config_json = ragged_json(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, kv_lora_rank=16)
     tensors = random_fp8(bf16_tensors(config_json, root / "saved"))
     return sharded(root / "small", {**config_json, "quantization_config": QUANTIZATION}, tensors, shards=2)
-
-
-JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.integers(0, 300)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["BF16", "F8_E4M3", "fp8", "yarn", "../x", "model.norm.weight", "sigmoid"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=4,
-)
-# An edit goes down into the value by the numbers, then replaces, removes, renames or repeats what it finds.
-EDITS = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 10**6), min_size=1, max_size=4),
-        st.sampled_from(["replace", "remove", "rename", "move"]),
-        JSON_VALUES,
-    ),
-    min_size=1,
-    max_size=4,
-)
-FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-
-
-def edited(value, edits):
-    value = json.loads(json.dumps(value))
-    for path, action, new in edits:
-        parent, key, node = None, None, value
-        for step in path:
-            if not isinstance(node, dict | list) or not node:
-                break
-            parent, keys = node, list(node) if isinstance(node, dict) else range(len(node))
-            key = keys[step % len(keys)]
-            node = node[key]
-        if parent is None:
-            value = new
-        elif action == "remove":
-            del parent[key]
-        elif action == "rename" and isinstance(parent, dict):
-            parent[str(new)] = parent.pop(key)
-        elif action == "move" and isinstance(parent, dict):
-            parent[key] = parent[list(parent)[0]]
-        else:
-            parent[key] = new
-    return value
 
 
 def is_read_or_refused(folder: Path) -> None:

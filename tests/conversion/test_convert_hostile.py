@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.conversion.engine.source import open_source
-from modeling_deepseek_moe.conversion.formats.formats import plan_conversion
+from modeling_deepseek_moe.conversion.formats.table import plan_conversion
 
 FIRST = "model-00001-of-00003.safetensors"
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"

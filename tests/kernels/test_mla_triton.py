@@ -16,7 +16,8 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 from two_forms import ATOL, PAD, forms, generated, padded  # noqa: F401
 
-from modeling_deepseek_moe.kernels.triton import latent_decode, triton_launch
+from modeling_deepseek_moe.kernels.triton import latent_decode
+from modeling_deepseek_moe.kernels.triton import launch as triton_launch
 from modeling_deepseek_moe.kernels.triton.mla_triton import attend_latents
 
 

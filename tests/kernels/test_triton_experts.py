@@ -7,8 +7,7 @@ launchers are compared beside them; whole models are in `test_triton_models`.
 
 import pytest
 import torch
-from plain_launchers import both_ways, counterparts, launched  # noqa: F401
-from test_sorted_experts import (
+from adapted_experts import (
     EXPERTS,
     HIDDEN,
     RANKS,
@@ -23,13 +22,15 @@ from test_sorted_experts import (
     make_inputs,
     reference,
 )
+from plain_launchers import both_ways, counterparts, launched  # noqa: F401
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from modeling_deepseek_moe.kernels.triton import triton_experts, weight_gradient
-from modeling_deepseek_moe.kernels.triton.triton_experts import triton_experts as product
+from modeling_deepseek_moe.kernels.triton import experts as triton_experts
+from modeling_deepseek_moe.kernels.triton import weight_gradient
+from modeling_deepseek_moe.kernels.triton.experts import triton_experts as product
 
 BOTH = RANKS["both"]
 SEVERAL = RANKS["several, of different ranks"]

@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from adapted_experts import make_experts, make_inputs
 from adapted_pair import (
     assert_same,
     assert_same_gradients,
@@ -18,10 +19,9 @@ from adapted_pair import (
     randomize,
     wrappers,
 )
+from other_models import transformers_model
 from peft import get_peft_model
 from plain_launchers import both_ways, counterparts  # noqa: F401
-from test_expert_lora import transformers_model
-from test_sorted_experts import make_experts, make_inputs
 from tiny import tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,7 +192,7 @@ sys.modules["triton"] = None  # as if it were not installed
 import torch
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-assert "modeling_deepseek_moe.kernels.triton.triton_launch" not in sys.modules
+assert "modeling_deepseek_moe.kernels.triton.launch" not in sys.modules
 experts = DeepseekMoeExperts(DeepseekMoeConfig(hidden_size=32, moe_intermediate_size=16, n_routed_experts=8))
 experts.config._experts_implementation = "sorted_mm"
 inputs = torch.randn(2, 32), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2)
@@ -204,8 +204,8 @@ for _ in range(2):
         experts(*inputs)
     except ValueError as error:
         print(error)
-    del sys.modules["triton"], sys.modules["modeling_deepseek_moe.kernels.triton.triton_launch"]
-    del sys.modules["modeling_deepseek_moe.kernels.triton.triton_experts"]
+    del sys.modules["triton"], sys.modules["modeling_deepseek_moe.kernels.triton.launch"]
+    del sys.modules["modeling_deepseek_moe.kernels.triton.experts"]
 """
 
 

@@ -18,7 +18,7 @@ from two_forms import (  # noqa: F401
     padded,
 )
 
-from modeling_deepseek_moe.absorption import effective_weight
+from modeling_deepseek_moe.absorbed_matrix import matrix_of
 
 TARGET = {"target_modules": ["kv_b_proj"]}
 KINDS = {
@@ -184,10 +184,11 @@ def test_weights_that_are_gathered_only_for_a_call_are_gathered(has_lora):
     if has_lora:
         model = adapted(model, LoraConfig(r=4, **TARGET))
     linear = next(module for name, module in model.named_modules() if name.endswith("kv_b_proj"))
-    expected = effective_weight(linear).detach().clone()
+    inputs = torch.randn(9, 6)
+    expected = matrix_of(linear, inputs).detach().clone()
     for module in [each for each in linear.modules() if isinstance(each, nn.Linear)]:
         whole = module.weight.data
         module.weight.ds_id, module.weight.data = 0, torch.empty(0)
         module.register_forward_pre_hook(lambda m, _, whole=whole: setattr(m.weight, "data", whole))
         module.register_forward_hook(lambda m, *_: setattr(m.weight, "data", torch.empty(0)))
-    torch.testing.assert_close(effective_weight(linear), expected)
+    torch.testing.assert_close(matrix_of(linear, inputs), expected)

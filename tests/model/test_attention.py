@@ -7,7 +7,8 @@ from torch import nn
 from transformers import StaticCache
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM, attention
-from modeling_deepseek_moe.absorption import absorbed_is_cheaper, effective_weight, visible_keys
+from modeling_deepseek_moe.absorbed_matrix import matrix_of
+from modeling_deepseek_moe.absorption import absorbed_is_cheaper, visible_keys
 
 SIZES = {
     "vocab_size": 67,
@@ -158,8 +159,9 @@ class Doubled(nn.Module):
 
 def test_the_effective_weight_of_any_linear_map_is_what_it_multiplies_with():
     linear = nn.Linear(5, 7, bias=False)
-    assert effective_weight(linear) is linear.weight
-    torch.testing.assert_close(effective_weight(Doubled(linear)), 2 * linear.weight)
+    inputs = torch.randn(2, 3, 5)
+    assert matrix_of(linear, inputs) is linear.weight
+    torch.testing.assert_close(matrix_of(Doubled(linear), inputs), 2 * linear.weight)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])

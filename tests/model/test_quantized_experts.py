@@ -16,12 +16,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.expert_lora import load_adapter
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.model.quantization import leave_out_of_ddp
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
-from modeling_deepseek_moe.kernels.sorted import sorted_rows
+from modeling_deepseek_moe.kernels.sorted import rows as sorted_rows
 from modeling_deepseek_moe.quantized import weights as quantized_weights
 from modeling_deepseek_moe.quantized.loading import NF4Config, quantize_weights
 from modeling_deepseek_moe.quantized.weights import BLOCK, NF4Weight, quantize

@@ -8,6 +8,7 @@ import transformers
 from places import SIBLINGS
 from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM, attention
 
@@ -31,7 +32,8 @@ def native_class_of(folder):
     fields = json.loads((folder / "config.json").read_text())
     if fields["model_type"] not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"the installed transformers has no {fields['model_type']}")
-    return getattr(transformers, fields["architectures"][0])
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(fields["model_type"], fields["architectures"][0])
+    return getattr(transformers, name)
 
 
 @torch.no_grad()

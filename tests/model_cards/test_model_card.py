@@ -12,8 +12,8 @@ from tiny import tiny_config
 
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import load_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.runs.results import RunResults
 from modeling_deepseek_moe.model_cards.card import licence_of, run_card
 from modeling_deepseek_moe.model_cards.metadata import problems

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from modeling_deepseek_moe.conversion import ConversionReport, UpcycleOptions, convert
+from modeling_deepseek_moe.finetune.data.plain_rows import read_rows
 
 _SIZES = {
     "vocab_size": 96,
@@ -68,6 +69,11 @@ def dense_folder(folder: Path, kind: str = "llama", dtype=torch.float32, **field
     return folder
 
 
-def upcycled(source: Path, target: Path, **arguments) -> ConversionReport:
-    """Eight routed experts, of which three serve a token, and two shared ones, unless `upcycle` says otherwise."""
+def upcycled(source: Path, target: Path, data: Path | None = None, **arguments) -> ConversionReport:
+    """Eight routed experts, of which three serve a token, and two shared ones, unless `upcycle` says otherwise.
+
+    `data` is a file, as for the command.
+    """
+    if data is not None:
+        arguments["data"] = read_rows(source, data)
     return convert(source, target, "upcycle", **{"upcycle": UpcycleOptions(8, 2, 3), **arguments})

@@ -31,6 +31,11 @@ def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
+def full(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe that trains all weights."""
+    return {key: value for key, value in values.items() if not key.startswith("lora")}
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -55,8 +55,7 @@ def counts_by_hand(model, rows) -> list[list[int]]:
     gates = {layer: model.model.layers[layer].mlp.gate for layer in LAYERS}
     handles = [gate.register_forward_hook(keep(layer)) for layer, gate in gates.items()]
     batch = batch_of(rows)
-    with torch.no_grad():
-        model(**batch)
+    model(**batch)
     for handle in handles:
         handle.remove()
     mask = batch["attention_mask"].bool()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ...large_tensors import empty, empty_like
-from .sorted_rows import SortedRows
+from .rows import SortedRows
 
 _STRIP = 128
 

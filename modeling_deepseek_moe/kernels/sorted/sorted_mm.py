@@ -5,7 +5,7 @@ from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ...quantized.weights import NF4Weight
-from .sorted_experts import sorted_experts
+from .experts import sorted_experts
 
 _INTERFACE = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 

@@ -19,8 +19,8 @@ from .grouped_gemm import (
     row_tiles,
     with_whole_rows,
 )
+from .launch import INTERPRETED, launch, rounded, shared_memory
 from .pair_sorting import SortedPairs
-from .triton_launch import INTERPRETED, launch, rounded, shared_memory
 
 
 def gate_up_product(

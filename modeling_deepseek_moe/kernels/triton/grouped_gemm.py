@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED, dot, launch, next_power, rounded, shared_memory
 from .pair_sorting import SortedPairs
-from .triton_launch import INTERPRETED, dot, launch, next_power, rounded, shared_memory
 
 GROUP = 8  # row tiles of one expert that take turns at a weight's columns while these are in the L2 cache
 _MOST_STAGES = 4

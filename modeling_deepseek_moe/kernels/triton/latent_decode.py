@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ...fp8_blocks import BLOCK, FP8_MAX
 from .latent_kernels import attend_tiles, join_splits
-from .triton_launch import INTERPRETED, launch, next_power, refusal, shared_memory
+from .launch import INTERPRETED, launch, next_power, refusal, shared_memory
 
 MOST_TOKENS = 16
 """Query tokens of a sequence that one call takes."""

@@ -7,7 +7,7 @@ Exponents are of base 2: scores are multiplied with log2(e), and what a split kn
 import triton
 import triton.language as tl
 
-from .triton_launch import dot
+from .launch import dot
 
 # Tokens of a mask that are looked at together.
 _SCAN = tl.constexpr(1024)

@@ -61,7 +61,7 @@ def _refusal(config, device: torch.device) -> str | None:
     """Why a model cannot run by this name on `device`; None if it can."""
     if config.kv_lora_rank is None:
         return "it decodes latent attention, and this model's is plain"
-    from .triton_launch import refusal
+    from .launch import refusal
 
     return refusal(device)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import INTERPRETED, launch, next_power, rounded
+from .launch import INTERPRETED, launch, next_power, rounded
 
 _MOST_IDS = 4096  # that a program looks at in one step, 16 a thread
 

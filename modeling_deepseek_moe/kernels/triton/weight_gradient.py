@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import Tiles, fitting, with_whole_rows
+from .launch import INTERPRETED, dot, launch, next_power, rounded, shared_memory
 from .pair_sorting import SortedPairs
-from .triton_launch import INTERPRETED, dot, launch, next_power, rounded, shared_memory
 
 
 def weight_gradient_tiles(pairs: int, num_experts: int, left: int, right: int, itemsize: int, room: int) -> Tiles:

@@ -8,7 +8,7 @@ import torch
 from adapter_folders import ATTENTION, STACK, edit_json, edit_tensors, native_base, save_adapter
 from convert_folders import contents
 from hypothesis import given, settings
-from test_convert_fuzz import EDITS, FUZZ, edited
+from json_edits import EDITS, FUZZ, edited
 
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.conversion import convert

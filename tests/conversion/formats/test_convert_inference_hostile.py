@@ -9,14 +9,14 @@ import torch
 from convert_folders import QUANTIZATION, bf16_tensors, contents, ragged_json, random_fp8, sharded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_edits import EDITS, edited
 from safetensors.torch import load_file, save_file
-from test_convert_fuzz import EDITS, edited
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.conversion import convert
-from modeling_deepseek_moe.conversion.formats.formats import open_checkpoint, plan_conversion
+from modeling_deepseek_moe.conversion.formats.table import open_checkpoint, plan_conversion
 
 FIRST, SECOND = "model0-mp2.safetensors", "model1-mp2.safetensors"
 NORM, QUERY, ROUTER = "norm.weight", "layers.0.attn.wq_b.weight", "layers.1.ffn.gate.weight"

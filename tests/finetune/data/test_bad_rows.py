@@ -8,8 +8,8 @@ from tiny_run import TEMPLATE, counting_rows, stopped_at, tiny_base, tiny_tokeni
 from modeling_deepseek_moe.finetune.data.chat import IGNORED, encode
 from modeling_deepseek_moe.finetune.data.report import RowError
 from modeling_deepseek_moe.finetune.data.rows import load_data, recipe_rows
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 USER = {"role": "user", "content": "w1 w2"}

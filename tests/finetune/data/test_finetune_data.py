@@ -12,7 +12,7 @@ from tiny_run import TEMPLATE, tiny_tokenizer, write_jsonl
 
 from modeling_deepseek_moe.finetune.data.rows import IGNORED, collator, encode, load_data
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 
 BOS, EOS = "<s>", "</s>"
 USER = {"role": "user", "content": "w1 w2"}

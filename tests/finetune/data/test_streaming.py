@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tiny_run import counting_rows, stopped_at, tiny_tokenizer, tiny_values, write_jsonl
 
 from modeling_deepseek_moe.finetune.data import rows as data
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.chat import encode
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.evaluate import chat as chat_module
 from modeling_deepseek_moe.finetune.evaluate.answers import stop_tokens
 from modeling_deepseek_moe.finetune.evaluate.conversation import Conversation
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 QUESTIONS = [" ".join(WORDS[start : start + 4]) for start in (0, 31, 7, 55)]
 # A template that shows the last question only: every turn changes what stands before it.

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.chat import encode_whole
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.evaluate.answers import Question, generate_answers, question_of
-from modeling_deepseek_moe.finetune.evaluate.evaluation import evaluate_model
 from modeling_deepseek_moe.finetune.evaluate.harness import load_tasks, run_tasks
+from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
 from modeling_deepseek_moe.finetune.evaluate.metrics import score_answers
 from modeling_deepseek_moe.finetune.evaluate.perplexity import score_text
 from modeling_deepseek_moe.finetune.model.lora import known_warnings, lora_config
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import metric as run_metric
 from modeling_deepseek_moe.finetune.train import one_run as train
 

@@ -8,9 +8,9 @@ from tiny import tiny_config, tiny_model
 from tiny_run import WORDS, tiny_tokenizer
 from torch import nn
 
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.evaluate import perplexity
 from modeling_deepseek_moe.finetune.evaluate.perplexity import TextScore, read_text, score_text
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 # Sums of 50 cross-entropies of about 4 nats in float32, added in another order.
 RTOL = 1e-5

@@ -11,6 +11,7 @@ from tiny_run import counting_rows, tiny_base, write_jsonl
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.main import app
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.experts.routing import RoutingTotals
 from modeling_deepseek_moe.finetune.experts.score_data import sample_of, score_rows
 from modeling_deepseek_moe.finetune.experts.scores import (
@@ -21,7 +22,6 @@ from modeling_deepseek_moe.finetune.experts.scores import (
     select_experts,
 )
 from modeling_deepseek_moe.finetune.model.counting import blocks_of
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 PUBLISHED = ROOT.parent / "shared" / "esft"
 needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="DeepSeek's ESFT data is not in ../shared/esft")

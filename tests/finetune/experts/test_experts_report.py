@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.rows import encode
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.experts import report as experts_report
 from modeling_deepseek_moe.finetune.experts.plots import expert_map
 from modeling_deepseek_moe.finetune.experts.report import report_experts
 from modeling_deepseek_moe.finetune.experts.routing import padded_batches, routing_totals
 from modeling_deepseek_moe.finetune.model.lora import known_warnings, lora_config
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 
 def rows_of_many_lengths(first=0):

@@ -6,13 +6,13 @@ from datasets import Dataset
 from reference import route
 from tiny import tiny_config, tiny_ids, tiny_model
 
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.experts.routing import (
     claimed_experts,
     padded_batches,
     routing_totals,
     share_distance,
 )
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 
 def rows_of_many_lengths(model):

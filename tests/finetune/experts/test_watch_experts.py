@@ -195,12 +195,17 @@ def test_losses_that_no_coefficient_weighs_are_not_logged_nor_layers_that_do_not
     assert strict(tmp_path / "experts.json")["history"][0]["bias_range"][2] is None
 
 
-def test_a_loss_that_the_trainer_computes_has_no_parts_to_log(tmp_path):
+@pytest.mark.filterwarnings("ignore:mtp_loss_weight=0.3 has no part in this training")
+def test_a_loss_that_the_trainer_computes_is_logged_with_the_balance_loss_that_is_attached_to_it(tmp_path):
     model = training_model()
-    trainer, _ = watched(model, padded_rows(model, 4), tmp_path, max_steps=1, label_smoothing_factor=0.1)
+    rows = padded_rows(model, 4)
+    trainer, _ = watched(model, rows, tmp_path, max_steps=1, label_smoothing_factor=0.1)
     trainer.train()
     row = trainer.state.log_history[0]
-    assert row["load_entropy"] > 0 and "aux_loss" not in row and "mtp_loss" not in row
+    batches = [batch_of(rows[start : start + 2]) for start in (0, 2)]
+    attached = [model.model(b["input_ids"], attention_mask=b["attention_mask"]).aux_loss for b in batches]
+    assert row["aux_loss"] == pytest.approx(mean(loss.item() for loss in attached), rel=RELATIVE)
+    assert row["load_entropy"] > 0 and "mtp_loss" not in row
 
 
 def test_a_model_without_a_bias_has_no_bias_range(tmp_path, capsys):

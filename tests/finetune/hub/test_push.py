@@ -14,10 +14,10 @@ from tiny import tiny_ids
 from tiny_run import HUB_TOKEN, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.hub.upload import RECORD
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 # Without the package first, then with it: the logits of what each repository holds.

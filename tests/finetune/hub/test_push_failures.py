@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.demo.hub_store import Blobs, HubError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.hub.push import push_run
 from modeling_deepseek_moe.finetune.hub.upload import RECORD, without_secrets
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 
 class Uploads:

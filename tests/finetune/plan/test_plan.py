@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_layout import parameter_counts
 from modeling_deepseek_moe.cli.main import app
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.model.load import add_adapters
 from modeling_deepseek_moe.finetune.plan.fit import need_of, plan_recipe, read_memory
 from modeling_deepseek_moe.finetune.plan.memory import OPTIMIZERS, Plan
 from modeling_deepseek_moe.finetune.plan.report import TABLE_MODELS, plan_facts, plan_table, smallest_fit
 from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.presets import released_json
 
 README = ROOT / "finetune" / "README.md"

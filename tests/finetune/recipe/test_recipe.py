@@ -2,8 +2,9 @@
 
 import pytest
 
-from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, Recipe, dump_recipe, load_recipe, make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, dump_recipe, load_recipe, make_recipe
+from modeling_deepseek_moe.finetune.recipe.schema import Recipe
 
 NEEDED = {"model": "m", "data": "rows.jsonl", "output_dir": "out"}
 

@@ -3,8 +3,8 @@
 import pytest
 from tiny_run import tiny_base, tiny_values
 
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 CASES = {

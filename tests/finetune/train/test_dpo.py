@@ -11,8 +11,8 @@ from tiny_run import stopped_at, tiny_tokenizer, tiny_values, write_jsonl
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.data.preferences import encode_preference
 from modeling_deepseek_moe.finetune.data.report import RowError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 USER = {"role": "user", "content": "w1 w2"}

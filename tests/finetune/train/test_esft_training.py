@@ -6,21 +6,20 @@ import logging
 import pytest
 import torch
 from checkpoint_folders import assert_bit_equal, tensors_of
-from test_train import full
 from tiny import tiny_config, tiny_ids, tiny_model
-from tiny_run import stopped_at, tiny_base, tiny_values
+from tiny_run import full, stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
-from modeling_deepseek_moe.conversion.convert import convert
+from modeling_deepseek_moe.conversion.one_conversion import convert
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.model.chosen_experts import ChosenExperts, release, train_chosen
 from modeling_deepseek_moe.finetune.model.counting import blocks_of
 from modeling_deepseek_moe.finetune.model.esft_adapter import load_esft_adapter, save_esft_adapter
 from modeling_deepseek_moe.finetune.model.use import put_adapter
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
-from modeling_deepseek_moe.kernels.sorted import sorted_rows
+from modeling_deepseek_moe.kernels.sorted import rows as sorted_rows
 
 CHOSEN = {"1": [6, 0, 3], "2": [1]}
 EXPERT = "model.layers.{}.mlp.experts.{}.{}_proj.weight"

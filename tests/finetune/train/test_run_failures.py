@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny_run import tiny_values
 from transformers import TrainerCallback
 
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")

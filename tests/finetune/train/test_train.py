@@ -14,19 +14,15 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_ids
-from tiny_run import counting_rows, stopped_at, tiny_base, tiny_values, write_jsonl
+from tiny_run import counting_rows, full, stopped_at, tiny_base, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.hub import upload as publish
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
-
-
-def full(values):
-    return {key: value for key, value in values.items() if not key.startswith("lora")}
 
 
 def weights(folder):

@@ -8,8 +8,8 @@ from peft import PeftModel
 from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 

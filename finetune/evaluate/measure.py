@@ -23,12 +23,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import RecipeError, first_line
+from ..files import write_text
 from ..model.use import load_for_use, put_adapter
-from ..recipe.values import RecipeError, first_line
-from ..runs.folder import write_text
-from .answers import Question, counting_bar, generate_answers, questions_of, text_of
+from ..progress import counting_bar
+from ..recipe.metrics import find_metric
+from .answers import Question, generate_answers, questions_of, text_of
 from .harness import load_tasks, run_tasks
-from .metrics import find_metric, score_answers
+from .metrics import score_answers
 from .perplexity import read_text, score_text
 
 REPORT, ANSWERS = "evaluation.json", "answers.jsonl"

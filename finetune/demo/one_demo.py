@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 from modeling_deepseek_moe.expert_lora import load_adapter
 
+from ..errors import RecipeError
 from ..hub import upload as publish
 from ..hub.push import push_run
 from ..model.lora import known_warnings
 from ..recipe.load import load_recipe
-from ..recipe.values import RecipeError
 from ..train import one_run as train
 from . import task as demo_task
 from .local_hub import LocalHub

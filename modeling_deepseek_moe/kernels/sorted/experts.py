@@ -31,7 +31,7 @@ from transformers.integrations.moe import _default_apply_gate
 from ...large_tensors import empty
 from ...quantized.weights import NF4Weight
 from .low_rank import Adapter, low_ranks
-from .sorted_rows import Segment, SortedRows
+from .rows import Segment, SortedRows
 
 
 def sorted_experts(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from .engine.operations import QuantizationError
 from .engine.plan import Plan
 from .engine.target import ConversionError, open_target, unfinished, write_rest
 from .engine.writing import disk_full, is_disk_full, write_shards
-from .formats.formats import DTYPES
+from .formats.table import DTYPES
 from .request import plan_request
 from .upcycle.dense import open_dense
-from .upcycle.upcycle import UPCYCLE, UpcycleOptions, plan_upcycle
-from .upcycle_report import UpcycleLosses, measure_losses, read_rows, verify_upcycle
+from .upcycle.split import UPCYCLE, UpcycleOptions, plan_upcycle
+from .upcycle_report import Rows, UpcycleLosses, check_rows, measure_losses, verify_upcycle
 from .verify import Verification, verify_conversion
 
 
@@ -77,7 +77,7 @@ def convert(
     base: str | os.PathLike | None = None,
     kv_b_proj: str | None = None,
     upcycle: UpcycleOptions | None = None,
-    data: str | os.PathLike | None = None,
+    data: Iterable[tuple[list[int], list[int]]] | None = None,
     verify: bool = False,
     dry_run: bool = False,
     copy: bool = False,
@@ -101,7 +101,8 @@ def convert(
         base: the checkpoint that "esft" compares with.
         kv_b_proj: "keep" or "leave-out": LoRA on `kv_b_proj` in "peft-per-expert".
         upcycle: how "upcycle" cuts the feed-forwards of a dense Llama, Qwen2 or Qwen3 folder.
-        data: a text or JSONL file whose loss "upcycle" reports, of the dense model and of the result before training.
+        data: rows of token ids and labels (-100 where nothing is predicted) whose loss "upcycle" reports, of the dense
+            model and of the result before training; what they raise is raised before anything is written.
         verify: read both sides back and compare every tensor, then a few tokens through both models if they fit.
         dry_run: only check the source and plan; the target is not touched.
         copy: copy unchanged files, never link them.
@@ -126,7 +127,8 @@ def convert(
         request = plan_request(source, target, to, {"dtype": dtype, **options})
         plan, record = request.plan, request.record
     target = Path(target)
-    rows = read_rows(plan.source, Path(data)) if data is not None else None
+    rows: Rows | None = None if data is None else list(data)
+    check_rows(rows or (), plan.source)
     if dry_run:
         return ConversionReport(plan, target, seconds=time.monotonic() - start)
 

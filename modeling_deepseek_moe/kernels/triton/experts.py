@@ -34,7 +34,7 @@ from transformers.integrations.moe import _default_apply_gate
 from ...quantized.weights import NF4Weight
 from ..sorted.low_rank import Adapter, EveryExpert, low_ranks, padded_rank
 from ..sorted.sorted_mm import interface_departure
-from .triton_launch import refusal
+from .launch import refusal
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDTHS = 16

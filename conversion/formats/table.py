@@ -17,7 +17,7 @@ from ..adapters.merging import AppliedAdapter
 from ..engine.operations import Cast, Copy, Dequantize, Quantize
 from ..engine.plan import Plan, Step, TensorSpec, shards_like_source
 from ..engine.source import SourceCheckpoint, open_source
-from ..upcycle.upcycle import UPCYCLE
+from ..upcycle.split import UPCYCLE
 from .inference_config import INFERENCE
 from .inference_plan import cut, joined
 from .inference_source import JoinedCheckpoint, holds_ranks, open_ranks

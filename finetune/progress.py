@@ -1,0 +1,40 @@
+"""Progress bars, on stderr."""
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def counting_bar() -> Progress:
+    """A bar for each task that counts what is done, and the time left."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def row_progress() -> Progress:
+    """A bar for each task of rows; a task has the field `speed`, in tokens a second."""
+    columns = (
+        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
+        *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+    """Starts a task of `row_progress`; call the result with the rows and tokens of every batch done."""
+    started, tokens = time.monotonic(), 0
+    progress.start_task(task)
+
+    def show(new_rows: int, new_tokens: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        progress.update(task, advance=new_rows, speed=tokens / (time.monotonic() - started))
+
+    return show
