@@ -7,9 +7,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .configuration_deepseek_moe import DeepseekMoeConfig
+from .families import FAMILIES
 from .modeling_deepseek_moe import (
     DeepseekMoeForCausalLM,
     DeepseekMoeForSequenceClassification,
@@ -23,21 +24,22 @@ _CLASS_OF_AUTO = {
     AutoModelForSequenceClassification: DeepseekMoeForSequenceClassification,
     AutoModelForTokenClassification: DeepseekMoeForTokenClassification,
 }
-_UNKNOWN_TO_TRANSFORMERS = ("deepseek", "kimi_k2")
-_NATIVE = ("deepseek_v2", "deepseek_v3")
 
 
 def register(replace_native: bool = False) -> None:
     """Registers the family with the Auto classes; importing the package calls it once.
 
-    `deepseek_moe` and the types transformers does not know (`deepseek`, `kimi_k2`) load this package's classes.
+    `deepseek_moe` and the types that the installed transformers does not know (`deepseek`, `kimi_k2`; with older
+    releases some of the siblings' too) load this package's classes.
 
     Args:
-        replace_native: also hand `deepseek_v2` and `deepseek_v3` checkpoints to this package, for this process.
+        replace_native: also hand it, for this process, the types that transformers has classes of its own for:
+            `deepseek_v2`, `deepseek_v3`, `glm4_moe_lite` and all others of `families.FAMILIES`.
     """
     AutoConfig.register("deepseek_moe", DeepseekMoeConfig, exist_ok=True)
-    for model_type in _UNKNOWN_TO_TRANSFORMERS + (_NATIVE if replace_native else ()):
-        # AutoConfig.register wants a class whose own type this is; ours translates while reading.
-        CONFIG_MAPPING.register(model_type, DeepseekMoeConfig, exist_ok=True)
+    for model_type in FAMILIES:
+        if replace_native or model_type not in CONFIG_MAPPING_NAMES:
+            # AutoConfig.register wants a class whose own type this is; ours translates while reading.
+            CONFIG_MAPPING.register(model_type, DeepseekMoeConfig, exist_ok=True)
     for auto_class, model_class in _CLASS_OF_AUTO.items():
         auto_class.register(DeepseekMoeConfig, model_class, exist_ok=True)

@@ -9,6 +9,8 @@ classes for the siblings.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .rope_spelling import join_rope_spellings
+
 _V1 = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -126,7 +128,7 @@ _GLM4_MOE = {
     "qk_rope_head_dim": None,
     "v_head_dim": None,
     "rope_interleave": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "partial_rotary_factor": 0.5,
     "attention_output_bias": False,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
@@ -239,6 +241,7 @@ FAMILIES = {
     ),
 }
 
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 # What no json states: the family's class is written for one value.
 SEMANTICS = (
     "attention_output_bias",
@@ -277,10 +280,14 @@ def canonical_config_dict(config_dict: dict) -> dict:
         for value in found if isinstance(found, list) else () if found is None else (found,):
             if value not in values:
                 raise ValueError(f"{name}={value!r} of a {model_type} is not {' or '.join(map(repr, values))}")
-    rope_keys = ("rope_parameters", "rope_scaling", "rope_theta")
-    has_rope = any(theirs.get(key) is not None for key in rope_keys)
-    defaults = {name: value for name, value in family.defaults.items() if not (has_rope and name in rope_keys)}
+    has_rope = any(theirs.get(key) is not None for key in _ROPE_KEYS)
+    defaults = {name: value for name, value in family.defaults.items() if not (has_rope and name in _ROPE_KEYS)}
     merged = {**defaults, **theirs, "model_type": "deepseek_moe"}
+    share = merged.pop("partial_rotary_factor", None)
+    if share is not None:  # older releases wrote it beside the rope settings
+        older = {name: merged.pop(name) for name in ("rope_theta", "rope_scaling") if name in merged}
+        rope = join_rope_spellings(merged.get("rope_parameters"), older)
+        merged["rope_parameters"] = {"partial_rotary_factor": share, **rope}
     if family.keeps_type:
         merged["family"] = model_type
     if "head_dim" not in family.defaults:
@@ -310,7 +317,7 @@ def family_config_dict(config) -> dict | None:
     names = values.get("architectures") or []
     if any(name not in ("DeepseekMoeForCausalLM", "DeepseekMoeModel") for name in names):
         return None
-    derived = {"family", "qk_head_dim", *SEMANTICS} | ({"head_dim"} - own.keys())
+    derived = {"family", "qk_head_dim", "partial_rotary_factor", *SEMANTICS} | ({"head_dim"} - own.keys())
     kept = (config.to_diff_dict().keys() | own.keys()) - derived
     written = {name: value for name, value in values.items() if name in kept}
     written |= {"model_type": config.family}

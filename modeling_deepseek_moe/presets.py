@@ -113,6 +113,61 @@ PRESETS = {
     },
 }
 
+# The siblings' sizes are the defaults of transformers' own configuration classes (5.24), which are those of the
+# released models; those of GLM-4.5, GLM-4.5-Air being the default there, are as Megatron's recipes for it state them.
+_MISTRAL4_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+PRESETS |= {
+    "glm-4.7-flash": {
+        "model_type": "glm4_moe_lite",
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "dtype": "bfloat16",
+    },
+    "glm-4.5-air": {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+        "dtype": "bfloat16",
+    },
+    "glm-4.5": {
+        "model_type": "glm4_moe",
+        "hidden_size": 5120,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 92,
+        "n_routed_experts": 160,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+        "dtype": "bfloat16",
+    },
+    "sarvam-105b": {
+        "model_type": "sarvam_mla",
+        "dtype": "bfloat16",
+    },
+    "mistral-small-4": {"model_type": "mistral4", "rope_parameters": _MISTRAL4_ROPE, "dtype": "bfloat16"},
+    "deepseek-v3.2": {
+        "model_type": "deepseek_v32",
+        "rope_scaling": _YARN_V3,
+        "num_nextn_predict_layers": 1,
+        "dtype": "bfloat16",
+    },
+}
+
 # Models of the same shape, and what their own json says differently.
 _SIBLINGS = {
     "deepseek-moe-16b": {"deepseek-moe-16b-base": {}, "deepseek-moe-16b-chat": {}},
@@ -144,6 +199,9 @@ _SIBLINGS = {
     },
     "moonlight-16b-a3b": {"moonlight-16b-a3b-instruct": {"eos_token_id": 163586}},
     "kimi-k2": {"kimi-k2-base": {}, "kimi-k2-instruct": {}},
+    "glm-4.5": {"glm-4.5-base": {}, "glm-4.6": {"max_position_embeddings": 202752}},
+    "glm-4.5-air": {"glm-4.5-air-base": {}},
+    "deepseek-v3.2": {"deepseek-v3.2-exp": {}},
 }
 
 PRESET_OF_SIBLING = {sibling: preset for preset, siblings in _SIBLINGS.items() for sibling in siblings}
@@ -154,4 +212,4 @@ def released_json(name: str) -> dict | None:
     preset = PRESET_OF_SIBLING.get(name, name)
     if preset not in PRESETS:
         return None
-    return PRESETS[preset] | _SIBLINGS[preset].get(name, {})
+    return PRESETS[preset] | _SIBLINGS.get(preset, {}).get(name, {})
