@@ -190,6 +190,27 @@ _MISTRAL4 = {
     "eos_token_id": 2,
 }
 
+_DOTS1 = {
+    **_GLM4_MOE,
+    "vocab_size": 152064,
+    "hidden_size": 4608,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "use_qk_norm": True,
+    "n_routed_experts": None,
+    "n_shared_experts": None,
+    "num_experts_per_tok": None,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": False,
+    "partial_rotary_factor": None,
+    "attention_output_bias": None,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "num_nextn_predict_layers": 0,
+}
+
 _DEEPSEEK_V32 = {
     **_V3,
     "max_position_embeddings": 163840,
@@ -208,7 +229,8 @@ class Family:
         defaults: our fields where its json omits them; semantics that the json never states are among them.
         class_prefixes: what the names of its classes begin with, before `For...` or `Model`.
         renamed: its name of a field -> ours.
-        only: keys of its json that we have no field for, and the values that mean what this package does.
+        only: keys of its json that we have no field for, and the values that mean what this package does; None: any.
+        fixed: fields that its class is written for one value of, besides those that no json states (`SEMANTICS`).
         keeps_type: a model read as this type is saved as it, config and tensor names; else as `deepseek_moe`.
         stacks_experts: its checkpoints hold the experts of a layer in two tensors, as memory does.
         states_rotary_share: its rope settings say which share of a latent head is rotated.
@@ -217,7 +239,8 @@ class Family:
     defaults: Mapping[str, object]
     class_prefixes: tuple[str, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)
-    only: Mapping[str, tuple] = field(default_factory=dict)
+    only: Mapping[str, tuple | None] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     keeps_type: bool = True
     stacks_experts: bool = False
     states_rotary_share: bool = False
@@ -235,6 +258,13 @@ FAMILIES = {
     "glm4_moe_lite": Family(_GLM4_MOE_LITE, ("Glm4MoeLite",), _MTP_DEPTH),
     "glm4_moe": Family(_GLM4_MOE, ("Glm4Moe",), _MTP_DEPTH),
     "sarvam_mla": Family(_SARVAM_MLA, ("SarvamMLA", "DeepseekV3"), _MTP_DEPTH | _SARVAM_NAMES),
+    "dots1": Family(
+        _DOTS1,
+        ("Dots1",),
+        {},
+        {"layer_types": ("full_attention",), "sliding_window": (None,), "max_window_layers": None},
+        fixed=("use_qk_norm",),
+    ),
     "mistral4": Family(_MISTRAL4, ("Mistral4",), stacks_experts=True, states_rotary_share=True),
     "deepseek_v32": Family(
         _DEEPSEEK_V32, ("DeepseekV32",), _MTP_DEPTH, {"layer_types": ("indexed_attention",), "mlp_bias": (False,)}
@@ -278,7 +308,7 @@ def canonical_config_dict(config_dict: dict) -> dict:
     for name, values in family.only.items():
         found = theirs.pop(name, None)
         for value in found if isinstance(found, list) else () if found is None else (found,):
-            if value not in values:
+            if values is not None and value not in values:
                 raise ValueError(f"{name}={value!r} of a {model_type} is not {' or '.join(map(repr, values))}")
     has_rope = any(theirs.get(key) is not None for key in _ROPE_KEYS)
     defaults = {name: value for name, value in family.defaults.items() if not (has_rope and name in _ROPE_KEYS)}
@@ -310,14 +340,16 @@ def family_config_dict(config) -> dict | None:
     if family is None or getattr(config, "auto_map", None):  # code that is exported reads this package's own
         return None
     values, own = config.to_dict(), family.defaults
-    if any(values[name] != own[name] for name in SEMANTICS if name in own):
+    if any(values[name] != own[name] for name in (*SEMANTICS, *family.fixed) if name in own):
         return None
     if (values["kv_lora_rank"] is None) != (own["kv_lora_rank"] is None):
         return None
     names = values.get("architectures") or []
     if any(name not in ("DeepseekMoeForCausalLM", "DeepseekMoeModel") for name in names):
         return None
-    derived = {"family", "qk_head_dim", "partial_rotary_factor", *SEMANTICS} | ({"head_dim"} - own.keys())
+    derived = {"family", "qk_head_dim", "partial_rotary_factor", *SEMANTICS, *family.fixed} | (
+        {"head_dim"} - own.keys()
+    )
     kept = (config.to_diff_dict().keys() | own.keys()) - derived
     written = {name: value for name, value in values.items() if name in kept}
     written |= {"model_type": config.family}

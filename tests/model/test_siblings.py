@@ -168,6 +168,42 @@ def test_the_familys_own_class_reads_what_is_saved_and_gives_the_same_numbers(si
     close(model(expected["input_ids"]).logits, expected["logits"])
 
 
+@torch.no_grad()
+def test_a_family_of_one_entry_computes_what_its_own_class_does(tmp_path):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "moe_intermediate_size": 12, "head_dim": 8}
+    config = transformers.Dots1Config(
+        **sizes,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        sliding_window=None,
+        initializer_range=0.15,
+    )
+    torch.manual_seed(0)
+    native = transformers.Dots1ForCausalLM(config).eval()
+    for layer in native.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    native.save_pretrained(tmp_path / "native")
+    model = DeepseekMoeForCausalLM.from_pretrained(tmp_path / "native")
+    input_ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
+    close(model(input_ids).logits, native(input_ids).logits)
+    model.save_pretrained(tmp_path / "ours")
+    close(transformers.Dots1ForCausalLM.from_pretrained(tmp_path / "ours")(input_ids).logits, native(input_ids).logits)
+    saved, original = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "native"))
+    assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)
+    with pytest.raises(ValueError, match="layer_types='sliding_attention' of a dots1 is not 'full_attention'"):
+        transformers.Dots1Config(**config.to_dict() | {"layer_types": ["sliding_attention"] * 3}).save_pretrained(
+            tmp_path / "sliding"
+        )
+        DeepseekMoeForCausalLM.config_class.from_pretrained(tmp_path / "sliding")
+
+
 def test_three_steps_of_adamw_leave_the_weights_of_the_familys_own_class(sibling, tmp_path):
     folder, expected = sibling
     native = native_class_of(folder)
