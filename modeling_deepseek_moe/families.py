@@ -9,216 +9,8 @@ classes for the siblings.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .family_defaults import DEEPSEEK_V32, DOTS1, GLM4_MOE, GLM4_MOE_LITE, MISTRAL4, SARVAM_MLA, V1, V2, V3
 from .rope_spelling import join_rope_spellings
-
-_V1 = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "moe_intermediate_size": 1407,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "vocab_size": 102400,
-    "n_shared_experts": None,
-    "n_routed_experts": None,
-    "num_experts_per_tok": None,
-    "first_k_dense_replace": 0,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "norm_topk_semantics": "deepseek_v2",
-    "routed_scaling_factor": 1.0,
-    "aux_loss_alpha": 0.001,
-    "seq_aux": True,
-    "attention_bias": False,
-    "rms_norm_eps": 1e-6,
-    "kv_lora_rank": None,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": None,
-    "qk_rope_head_dim": None,
-    "v_head_dim": None,
-    "rope_interleave": False,
-    "max_position_embeddings": 2048,
-    "num_nextn_predict_layers": 0,
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-}
-
-_V2 = {
-    **_V1,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_interleave": True,
-}
-
-_V3 = {
-    **_V2,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "vocab_size": 129280,
-    "n_shared_experts": 1,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "norm_topk_semantics": "deepseek_v3",
-    "routed_scaling_factor": 2.5,
-    # The json of V3 and V3-Base has no such field; 0.0001 is the paper's alpha (FACTS 3.2).
-    "aux_loss_alpha": 0.0001,
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-_GLM4_MOE_LITE = {
-    **_V3,
-    "vocab_size": 154880,
-    "hidden_size": 2048,
-    "intermediate_size": 10240,
-    "moe_intermediate_size": 1536,
-    "num_hidden_layers": 47,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 20,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.8,
-    "q_lora_rank": 768,
-    "qk_nope_head_dim": 192,
-    "v_head_dim": 256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 202752,
-    "num_nextn_predict_layers": 0,
-}
-
-_GLM4_MOE = {
-    **_V3,
-    "vocab_size": 151552,
-    "hidden_size": 4096,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 46,
-    "num_attention_heads": 96,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "n_routed_experts": 128,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "kv_lora_rank": None,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": None,
-    "qk_rope_head_dim": None,
-    "v_head_dim": None,
-    "rope_interleave": False,
-    "partial_rotary_factor": 0.5,
-    "attention_output_bias": False,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-_SARVAM_MLA = {
-    **_V3,
-    "vocab_size": 262144,
-    "hidden_size": 4096,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 64,
-    "n_routed_experts": 128,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": None,
-    "num_nextn_predict_layers": 0,
-    "initializer_range": 0.006,
-}
-
-_MISTRAL4 = {
-    **_V3,
-    "vocab_size": 131072,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 0,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "group_limited_top2",
-    "scoring_func": "softmax",
-    "routed_scaling_factor": 1.0,
-    "router_dtype": "model",
-    "kv_lora_rank": 256,
-    "q_lora_rank": 1024,
-    "qk_nope_head_dim": 64,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 128.0,
-        "original_max_position_embeddings": 8192,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale_all_dim": 1.0,
-        "mscale": 1.0,
-        "llama_4_scaling_beta": 0.1,
-    },
-    "max_position_embeddings": 1048576,
-    "num_nextn_predict_layers": 0,
-    "pad_token_id": 11,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-_DOTS1 = {
-    **_GLM4_MOE,
-    "vocab_size": 152064,
-    "hidden_size": 4608,
-    "num_hidden_layers": 62,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "use_qk_norm": True,
-    "n_routed_experts": None,
-    "n_shared_experts": None,
-    "num_experts_per_tok": None,
-    "first_k_dense_replace": 0,
-    "norm_topk_prob": False,
-    "partial_rotary_factor": None,
-    "attention_output_bias": None,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "num_nextn_predict_layers": 0,
-}
-
-_DEEPSEEK_V32 = {
-    **_V3,
-    "max_position_embeddings": 163840,
-    "num_nextn_predict_layers": 0,
-    "index_topk": 2048,
-    "index_head_dim": 128,
-    "index_n_heads": 64,
-}
 
 
 @dataclass(frozen=True)
@@ -251,23 +43,22 @@ _MTP_DEPTH = {"num_mtp_layers": "num_nextn_predict_layers"}
 _SARVAM_NAMES = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
 
 FAMILIES = {
-    "deepseek": Family(_V1, ("Deepseek",), _MTP_DEPTH, keeps_type=False),
-    "deepseek_v2": Family(_V2, ("DeepseekV2",), _MTP_DEPTH, keeps_type=False),
-    "deepseek_v3": Family(_V3, ("DeepseekV3",), _MTP_DEPTH, keeps_type=False),
-    "kimi_k2": Family(_V3, ("DeepseekV3",), _MTP_DEPTH, keeps_type=False),
-    "glm4_moe_lite": Family(_GLM4_MOE_LITE, ("Glm4MoeLite",), _MTP_DEPTH),
-    "glm4_moe": Family(_GLM4_MOE, ("Glm4Moe",), _MTP_DEPTH),
-    "sarvam_mla": Family(_SARVAM_MLA, ("SarvamMLA", "DeepseekV3"), _MTP_DEPTH | _SARVAM_NAMES),
+    "deepseek": Family(V1, ("Deepseek",), _MTP_DEPTH, keeps_type=False),
+    "deepseek_v2": Family(V2, ("DeepseekV2",), _MTP_DEPTH, keeps_type=False),
+    "deepseek_v3": Family(V3, ("DeepseekV3",), _MTP_DEPTH, keeps_type=False),
+    "kimi_k2": Family(V3, ("DeepseekV3",), _MTP_DEPTH, keeps_type=False),
+    "glm4_moe_lite": Family(GLM4_MOE_LITE, ("Glm4MoeLite",), _MTP_DEPTH),
+    "glm4_moe": Family(GLM4_MOE, ("Glm4Moe",), _MTP_DEPTH),
+    "sarvam_mla": Family(SARVAM_MLA, ("SarvamMLA", "DeepseekV3"), _MTP_DEPTH | _SARVAM_NAMES),
     "dots1": Family(
-        _DOTS1,
+        DOTS1,
         ("Dots1",),
-        {},
-        {"layer_types": ("full_attention",), "sliding_window": (None,), "max_window_layers": None},
+        only={"layer_types": ("full_attention",), "sliding_window": (None,), "max_window_layers": None},
         fixed=("use_qk_norm",),
     ),
-    "mistral4": Family(_MISTRAL4, ("Mistral4",), stacks_experts=True, states_rotary_share=True),
+    "mistral4": Family(MISTRAL4, ("Mistral4",), stacks_experts=True, states_rotary_share=True),
     "deepseek_v32": Family(
-        _DEEPSEEK_V32, ("DeepseekV32",), _MTP_DEPTH, {"layer_types": ("indexed_attention",), "mlp_bias": (False,)}
+        DEEPSEEK_V32, ("DeepseekV32",), _MTP_DEPTH, {"layer_types": ("indexed_attention",), "mlp_bias": (False,)}
     ),
 }
 
@@ -347,9 +138,8 @@ def family_config_dict(config) -> dict | None:
     names = values.get("architectures") or []
     if any(name not in ("DeepseekMoeForCausalLM", "DeepseekMoeModel") for name in names):
         return None
-    derived = {"family", "qk_head_dim", "partial_rotary_factor", *SEMANTICS, *family.fixed} | (
-        {"head_dim"} - own.keys()
-    )
+    derived = {"family", "qk_head_dim", "partial_rotary_factor", *SEMANTICS, *family.fixed}
+    derived |= {"head_dim"} - own.keys()
     kept = (config.to_diff_dict().keys() | own.keys()) - derived
     written = {name: value for name, value in values.items() if name in kept}
     written |= {"model_type": config.family}
