@@ -1,4 +1,4 @@
-"""Recipes between PEFT's stacked factors of routed experts and one pair a projection and expert.
+"""Operations between PEFT's stacked factors of routed experts and one pair a projection and expert.
 
 Stacked, A of `E` experts is `(E * r, in)`, expert after expert, and B is `(out, r * E)`, with the experts innermost.
 """

@@ -14,7 +14,7 @@ _FP8_RELATIVE, _FP8_ABSOLUTE, _FLOAT32_SLACK = 2.0**-4, 2.0**-10, 1 + 2.0**-20
 _BANDS_A_MEASUREMENT = 4
 
 
-class Recipe(Protocol):
+class Operation(Protocol):
     """Makes the outputs of one step; `problem` says what is wrong with outputs read back, or returns None."""
 
     def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]: ...

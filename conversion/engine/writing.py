@@ -1,4 +1,4 @@
-"""The worker: reads ahead, applies recipes, and writes each file aside, tensor by tensor at its planned place."""
+"""The worker: reads ahead, applies operations, and writes each file, tensor by tensor at its planned place."""
 
 import errno
 import os
@@ -219,12 +219,12 @@ def _read_ahead(reader: Reader, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
     with ThreadPoolExecutor(_READERS) as pool:
         try:
             for step in steps:
-                size = 0 if isinstance(step.recipe, Copy) else sum(map(reader.source.size, step.sources))
+                size = 0 if isinstance(step.operation, Copy) else sum(map(reader.source.size, step.sources))
                 while pending and held + size > _READ_AHEAD_BYTES:
                     earlier, futures, freed = pending.popleft()
                     yield earlier, _results(futures)
                     held -= freed
-                if not isinstance(step.recipe, Copy):
+                if not isinstance(step.operation, Copy):
                     for name in step.sources:
                         reader.file(name)  # opened here, so that two threads do not open it twice
                     futures = [pool.submit(reader.read, name) for name in step.sources]
@@ -246,20 +246,20 @@ def _convert_tensors(
     reader: Reader, step: Step, sources: tuple[torch.Tensor, ...], file: int, begins: dict[str, int]
 ) -> QuantizationError | None:
     """Writes the outputs of a step, and measures what FP8 cost."""
-    recipe = step.recipe
+    operation = step.operation
     try:
-        if isinstance(recipe, Joined):
-            recipe, sources = recipe.recipe, recipe.join(sources)
-        outputs = recipe.apply(*sources)
+        if isinstance(operation, Joined):
+            operation, sources = operation.operation, operation.join(sources)
+        outputs = operation.apply(*sources)
     except ValueError as error:
         path = reader.source.folder / reader.source.file_of[step.sources[0]]
         raise CheckpointError(f"{path}: tensor {step.sources[0]} {error}") from error
     for spec, output in zip(step.outputs, outputs, strict=True):
         _write(file, output.contiguous().view(torch.uint8).numpy().reshape(-1), begins[spec.name])
-    if not isinstance(recipe, Quantize):
+    if not isinstance(operation, Quantize):
         return None
     error = QuantizationError()
-    error.add(sources[0], *outputs, recipe.block)
+    error.add(sources[0], *outputs, operation.block)
     return error
 
 

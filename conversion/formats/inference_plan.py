@@ -81,8 +81,8 @@ def joined(plan: Plan) -> Plan:
     def of_ranks(step: Step) -> Step:
         parts = tuple(pieces[name] for name in step.sources)
         names = tuple(name for part in parts for name in part.names)
-        recipe = step.recipe if len(names) == len(parts) else Joined(step.recipe, parts)
-        return Step(recipe, names, step.outputs)
+        operation = step.operation if len(names) == len(parts) else Joined(step.operation, parts)
+        return Step(operation, names, step.outputs)
 
     shards = (Shard(shard.file, tuple(map(of_ranks, shard.steps))) for shard in plan.shards)
     return dataclasses.replace(plan, source=ranks, shards=tuple(shards), notes=(*plan.source.notes, *plan.notes))
@@ -105,7 +105,7 @@ def _is_fp8(plan: Plan, steps: list[Step]) -> bool:
 
 def _renamed(step: Step) -> Step:
     (spec,) = step.outputs
-    return Step(step.recipe, step.sources, (dataclasses.replace(spec, name=inference_name(spec.name)),))
+    return Step(step.operation, step.sources, (dataclasses.replace(spec, name=inference_name(spec.name)),))
 
 
 def _slices_of(plan: Plan, step: Step, mp: int, slices: dict[str, TensorEntry]) -> list[Step]:
@@ -125,8 +125,8 @@ def _slices_of(plan: Plan, step: Step, mp: int, slices: dict[str, TensorEntry]) 
         )
     shape = tuple(size // mp if i == dim else length for i, length in enumerate(spec.shape))
     outputs = (TensorSpec(inference_name(spec.name), spec.dtype, shape),)
-    if not isinstance(step.recipe, Copy) or dim or isinstance(source, JoinedCheckpoint):
-        return [Step(Sliced(step.recipe, dim, rank, mp), step.sources, outputs) for rank in range(mp)]
+    if not isinstance(step.operation, Copy) or dim or isinstance(source, JoinedCheckpoint):
+        return [Step(Sliced(step.operation, dim, rank, mp), step.sources, outputs) for rank in range(mp)]
     name, steps = step.sources[0], []
     whole, length = source.entries[name], outputs[0].size
     for rank in range(mp):

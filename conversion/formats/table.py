@@ -1,6 +1,6 @@
 """The formats that `convert` writes: which weights are FP8, which type the others have, and the config beside them.
 
-A format with names of its own makes its `Plan` from steps and recipes in the same way; the worker knows no format.
+A format with names of its own makes its `Plan` from steps and operations in the same way; the worker knows no format.
 """
 
 import os

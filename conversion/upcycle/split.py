@@ -236,9 +236,9 @@ def _split(source, layer, options, config, shapes, dtype) -> Step:
     names = [f"{layer}.mlp.gate.weight"]
     names += [f"{layer}.{module}.{projection}.weight" for module in modules for projection in _PROJECTIONS]
     width = config.moe_intermediate_size
-    recipe = SplitFeedForward(options.shared_experts * width, options.experts, width, wanted)
+    operation = SplitFeedForward(options.shared_experts * width, options.experts, width, wanted)
     specs = tuple(TensorSpec(name, wanted, shapes[name]) for name in names)
-    return Step(recipe, (*sources, f"{layer}.post_attention_layernorm.weight"), specs)
+    return Step(operation, (*sources, f"{layer}.post_attention_layernorm.weight"), specs)
 
 
 def _neurons(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> list[bytes]:

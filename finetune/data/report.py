@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 
 REPORT = "data_report.json"
@@ -20,7 +20,7 @@ TOO_LONG, CUT_AWAY = "longer than max_length", "nothing to learn is left after t
 _SHOWN = 5
 
 
-class RowError(RecipeError):
+class RowError(UserError):
     """A row that cannot be learned from; `reason` says why in a few words, the same for every row of its kind."""
 
     def __init__(self, message: str, reason: str):

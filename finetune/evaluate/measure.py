@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
@@ -98,15 +98,15 @@ def evaluate_model(
         What `evaluation.json` holds, see the module's docstring.
 
     Raises:
-        RecipeError: an argument, a model, the data or the metric cannot be used; one line says why.
+        UserError: an argument, a model, the data or the metric cannot be used; one line says why.
     """
     if metric is not None and data is None:
-        raise RecipeError("--metric judges answers to the rows of --data: name these as well")
+        raise UserError("--metric judges answers to the rows of --data: name these as well")
     if not (tasks is not None or text or data):
-        raise RecipeError("nothing to measure: name --tasks, --text or --data")
+        raise UserError("nothing to measure: name --tasks, --text or --data")
     for name, value in (("--limit", limit), ("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}: it is 1 at least")
+            raise UserError(f"{name} is {value}: it is 1 at least")
     metric = os.fspath(metric or "exact_match")
     if data is not None:
         find_metric(metric)
@@ -181,7 +181,7 @@ def _measure_both(
     if before is not None:
         network, its_tokenizer = load_for_use(before, dtype)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise RecipeError(
+            raise UserError(
                 f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
                 "the same tokens: evaluate each by itself"
             )
@@ -257,19 +257,19 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {model!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {model!r}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def _folder(folder: Path) -> Iterator[Path]:
     """The output folder; one that was made for nothing goes away again."""
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output folder {folder} is a file: name another")
+        raise UserError(f"output folder {folder} is a file: name another")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"cannot write to output folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to output folder {folder}: {error.strerror}") from error
     try:
         yield folder
     except BaseException:

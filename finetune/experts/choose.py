@@ -36,7 +36,7 @@ def specialize(
         folder: of the run; gets `expert_cfg.json`, and `expert_scores.json` if rows were scored.
 
     Raises:
-        RecipeError: the experts cannot be chosen or are not of this model; one line says why.
+        UserError: the experts cannot be chosen or are not of this model; one line says why.
     """
     options, kept, is_main = EsftOptions(**recipe.esft), folder / CONFIG, arguments.process_index == 0
     top_p, choice = options.share, None

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..model.counting import LoadCounter
 
 CLAIM_FACTOR = 2
@@ -50,11 +50,11 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     """Indices of the layers with routed experts that a plain forward pass runs.
 
     Raises:
-        RecipeError: there are none.
+        UserError: there are none.
     """
     config = model.config
     if not config.has_experts:
-        raise RecipeError(f"model {model.name_or_path!r} has no layer with routed experts")
+        raise UserError(f"model {model.name_or_path!r} has no layer with routed experts")
     return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
 
 
@@ -88,7 +88,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
         batches: `input_ids` and `attention_mask`, both `[B, T]`; tokens with mask 0 do not count.
 
     Raises:
-        RecipeError: the model has no MoE layer, or its routing weights are not finite.
+        UserError: the model has no MoE layer, or its routing weights are not finite.
     """
     base, layers = model.base_model, moe_layers(model)
     counter = LoadCounter(base)
@@ -124,7 +124,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
     finite = weights.isfinite().all(dim=1).tolist()
     if not all(finite):
         dtype = str(base.dtype).removeprefix("torch.")
-        raise RecipeError(
+        raise UserError(
             f"the router of layer {layers[finite.index(False)]} of model {base.name_or_path!r} gives weights that are "
             f"not finite in {dtype}: try another dtype"
         )

@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from rich.table import Table
 
-from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.model_cards.card import PICTURES, check, licence_of, on_the_hub, run_card
 from modeling_deepseek_moe.model_cards.ways_to_load import ways_to_load
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from ..runs.results import RunResults, read_results, run_identity
@@ -61,7 +60,7 @@ def push_run(
         The repository's address.
 
     Raises:
-        RecipeError, CheckpointError: one line; nothing was uploaded, or the upload did not come to its end.
+        UserError: one line; nothing was uploaded, or the upload did not come to its end.
     """
     access: dict[str, Any] = {"endpoint": endpoint, "token": token}
     results = read_results(Path(run))
@@ -107,7 +106,7 @@ def _staged(
             if (results.folder / picture).is_file():
                 shutil.copyfile(results.folder / picture, upload / picture)
         card = _own_card(results) or run_card(results, kind, upload, repo_id, base, licence, base_json)
-    except (RecipeError, CheckpointError):
+    except UserError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     write_text(upload / CARD, f"{str(card).rstrip()}\n")
@@ -118,7 +117,7 @@ def open_repo(recipe: Recipe, folder: Path) -> None:
     """Make the repository that a run is to be pushed to, before hours of training.
 
     Raises:
-        RecipeError: it cannot be written to, holds another model, or others see it though the recipe says private.
+        UserError: it cannot be written to, holds another model, or others see it though the recipe says private.
     """
     whole = recipe.merge or not (recipe.lora or recipe.esft)
     contents = Contents(run_identity(folder), "model" if whole else "adapter")

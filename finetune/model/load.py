@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
-from ..errors import RecipeError, first_line
+from ..errors import RecipeError, UserError, first_line
 from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
@@ -29,9 +29,9 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             **recipe.losses,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     if len(tokenizer) > model.config.vocab_size:
-        raise RecipeError(
+        raise UserError(
             f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
             f"{len(tokenizer)} tokens: they do not belong together"
         )

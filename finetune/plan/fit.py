@@ -15,7 +15,7 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_json
 
-from ..errors import RecipeError, first_line, nearest
+from ..errors import UserError, first_line, nearest
 from ..recipe.load import load_recipe, make_recipe
 from ..recipe.schema import Recipe
 from .memory import Memory, Plan
@@ -63,16 +63,16 @@ def find_config(model: str) -> DeepseekMoeConfig:
     """The config of a released model by its name or its Hub name, of a folder, or of another model on the Hub.
 
     Raises:
-        RecipeError: there is none, or it is of a model that this package does not have.
+        UserError: there is none, or it is of a model that this package does not have.
     """
     path = Path(model).expanduser()
     if not path.exists() and (released := released_json(model.rpartition("/")[2].lower())) is not None:
         return DeepseekMoeConfig.from_dict(released)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise RecipeError(f"{model} is no model: give a folder with a config.json, or a name")
+        raise UserError(f"{model} is no model: give a folder with a config.json, or a name")
     if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         known = [*PRESETS, *PRESET_OF_SIBLING]
-        raise RecipeError(
+        raise UserError(
             f"model {model!r} is no folder, no Hub name (USER/NAME) and no released model: did you mean "
             f"{nearest(model.lower(), known)!r}?"
         )
@@ -81,7 +81,7 @@ def find_config(model: str) -> DeepseekMoeConfig:
         if "model_type" not in stated:
             raise ValueError("it states no model_type")
     except (OSError, ValueError, CheckpointError, KeyError, TypeError) as error:
-        raise RecipeError(
+        raise UserError(
             f"cannot read the config of model {model!r}: {first_line(error)}; give a folder with a config.json, a Hub "
             "name, or the name of a released model such as deepseek-v2-lite"
         ) from error
@@ -98,11 +98,11 @@ def read_memory(text: str) -> int:
     """Bytes of "24GB" or "24GiB"; both mean 2**30, as makers of GPUs count.
 
     Raises:
-        RecipeError: no number with a unit, or nothing.
+        UserError: no number with a unit, or nothing.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])i?B\s*", text, re.IGNORECASE)
     if not found or float(found[1]) == 0:
-        raise RecipeError(f"--gpu-memory is {text!r}: give a number above 0 with its unit, such as 24GB")
+        raise UserError(f"--gpu-memory is {text!r}: give a number above 0 with its unit, such as 24GB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

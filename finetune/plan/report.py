@@ -9,7 +9,7 @@ from rich.table import Table
 
 from modeling_deepseek_moe.latent_cache import cache_elements
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..recipe.load import SHIPPED
 from .fit import (
     GIB,
@@ -50,10 +50,10 @@ def plan_memory(
         as_json: print JSON instead of a table.
 
     Raises:
-        RecipeError: the model, the recipe or a number is wrong.
+        UserError: the model, the recipe or a number is wrong.
     """
     if gpus < 1:
-        raise RecipeError(f"--gpus is {gpus}: it is a number of GPUs, at least 1")
+        raise UserError(f"--gpus is {gpus}: it is a number of GPUs, at least 1")
     available = None if gpu_memory is None else read_memory(gpu_memory)
     facts = plan_facts(model, recipe, overrides, available, gpus)
     if as_json:
@@ -68,7 +68,7 @@ def plan_facts(
     """What `plan_memory` says, in bytes: the need of one GPU by part, and given `available` what fits into that.
 
     Raises:
-        RecipeError: as `plan_memory`.
+        UserError: as `plan_memory`.
     """
     settings = plan_recipe(recipe, model, overrides)
     config = find_config(model)

@@ -37,7 +37,7 @@ def measure_metric(trainer: Trainer, recipe: Recipe, title: str = "answers after
     Every process of a run generates all answers, for a model whose weights are spread over them needs all.
 
     Raises:
-        RecipeError: no held-out row has both a question and a whole answer, or the metric refuses the answers.
+        UserError: no held-out row has both a question and a whole answer, or the metric refuses the answers.
     """
     if recipe.metric is None or not trainer.eval_dataset:
         return None

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from modeling_deepseek_moe.errors import UserError
+
 from .esft import score, select
 from .use import chat, evaluate
 
@@ -23,19 +25,15 @@ app = typer.Typer(
 
 
 def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
-    """Shows a bad recipe, model or row as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
 
     @functools.wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            from modeling_deepseek_moe import CheckpointError
-            from modeling_deepseek_moe.finetune.errors import RecipeError
-
-            try:
-                verb(*args, **kwargs)
-            except (RecipeError, CheckpointError) as error:
-                _complain(" ".join(str(error).split()))
-                raise typer.Exit(1) from error
+            verb(*args, **kwargs)
+        except UserError as error:
+            _complain(" ".join(str(error).split()))
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop

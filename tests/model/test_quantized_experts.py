@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.expert_lora import load_adapter
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.model.quantization import leave_out_of_ddp
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -233,9 +233,9 @@ def test_a_run_says_what_it_lacks_for_four_bits(tmp_path, base, monkeypatch):
     recipe = make_recipe(tiny_values(tmp_path, base, quantization="nf4"))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)
-        with pytest.raises(RecipeError, match="need bitsandbytes, which is not installed: pip install"):
+        with pytest.raises(UserError, match="need bitsandbytes, which is not installed: pip install"):
             train.run(recipe)
     of_fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     fp8 = tiny_base(tmp_path / "fp8", quantization_config=of_fp8)
-    with pytest.raises(RecipeError, match=r"quantised already \(fp8\): .* --to bf16"):
+    with pytest.raises(UserError, match=r"quantised already \(fp8\): .* --to bf16"):
         train.run(make_recipe(tiny_values(tmp_path, fp8, quantization="nf4")))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_layout import parameter_counts
 from modeling_deepseek_moe.cli.main import app
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.model.load import add_adapters
 from modeling_deepseek_moe.finetune.plan.fit import need_of, plan_recipe, read_memory
 from modeling_deepseek_moe.finetune.plan.memory import OPTIMIZERS, Plan
@@ -266,5 +266,5 @@ def test_the_readmes_table_is_what_the_command_prints():
 
 def test_units_are_binary_and_need_no_case():
     assert read_memory("24GB") == read_memory("24 gib") == read_memory("24576MiB") == 24 * 2**30
-    with pytest.raises(RecipeError, match="unit"):
+    with pytest.raises(UserError, match="unit"):
         read_memory("24 bits")
