@@ -71,9 +71,9 @@ class Sizes:
     """What the tensors of a model take.
 
     Attributes:
-        parameters, active: as `parameter_counts` counts them.
+        parameters, active: all, and those that work on a token, as `parameter_counts` counts them.
         mtp: parameters of the multi-token layers, without their copies of embedding and head.
-        bytes: of the weights without those layers, by the form they are in.
+        bytes: size of the weights without those layers, by the form they are in.
     """
 
     parameters: int

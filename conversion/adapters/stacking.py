@@ -19,7 +19,7 @@ class Unstack:
         factor: "A" or "B".
         experts: how many there are; 1 for a factor that is not stacked.
         parts: projections in the stacked weight; they share A, and B's rows are theirs in turn.
-        rank: of the results; zeros are added up to it.
+        rank: that of the results; zeros fill lower ones up to it.
         scale: what B is multiplied by.
     """
 

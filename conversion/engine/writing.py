@@ -90,7 +90,7 @@ def write_shards(
     """Writes the weight files `shards` of a plan.
 
     Args:
-        plan: where they belong.
+        plan: the plan that they belong to.
         shards: those still to be written.
         target: the folder.
         link: whether a file that stays as it is becomes a hard link, where the file system can; else a copy.

@@ -21,7 +21,7 @@ from .dense import ZERO_BIAS
 from .neurons import group_neurons, router_rows
 
 UPCYCLE = "upcycle"
-# Of the router's logits. Weights are off 1 by as much, and float32 tells scores apart that differ by 1e-7.
+# Size of the router's logits. Weights are off 1 by as much, and float32 tells scores apart that differ by 1e-7.
 _SPREAD = 1e-6
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _KEPT_FIELDS = (
@@ -132,7 +132,7 @@ def plan_upcycle(source: SourceCheckpoint, options: UpcycleOptions, dtype: torch
     Args:
         source: what `open_dense` gives.
         options: how the feed-forwards are cut.
-        dtype: of all weights; by default each keeps its own.
+        dtype: type of all weights; by default each keeps its own.
 
     Raises:
         CheckpointError: the model cannot be cut that way; names field or tensor, and what would work.

@@ -36,7 +36,7 @@ class RowReport:
         source: file or Hub name.
         read, kept: rows; a row that was split counts once.
         cut, split: rows longer than the context, of those kept.
-        tokens, learned_tokens: in the rows kept, after the cut.
+        tokens, learned_tokens: how many are in the rows kept, after the cut.
         left_out: reason -> number of `rows`, where the `first` of them are, and the `message` of the first.
         complete: whether the source was read to its end.
     """

@@ -24,10 +24,10 @@ class RunResults:
     """Trained weights, and what is known of how they came about.
 
     Attributes:
-        folder: of the run, or of the weights themselves.
+        folder: the run's, or that of the weights themselves.
         adapter, model: folders with the weights; at least one is there.
-        recipe: of the run, its keys as in `recipe.yaml`; empty where there was no run.
-        summary: of the run, as in `summary.json`; empty too.
+        recipe: the run's, its keys as in `recipe.yaml`; empty where there was no run.
+        summary: the run's `summary.json`; empty where there was no run.
         base: the model that was tuned, a folder or a name on the Hub, if anything says so.
     """
 
