@@ -42,7 +42,7 @@ class ConversionReport:
     seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
-        """The report as text."""
+        """The report as text, line by line."""
         yield from self.plan.notes
         tensors = f"{self.plan.tensor_count} tensors, {self.plan.size} bytes in {len(self.plan.shards)} files"
         if not self.actions:

@@ -179,7 +179,7 @@ def _elsewhere(model_type: str) -> str:
 
 
 def main() -> None:
-    """Entry point of the module."""
+    """Command line of `python -m modeling_deepseek_moe.model_cards.reference`."""
     parser = argparse.ArgumentParser(description="Writes the cards of the released models.")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for them")
     for path in write_cards(parser.parse_args().output):

@@ -46,7 +46,7 @@ class Pieces:
     files: tuple[str, ...]
 
     def join(self, slices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The whole tensor.
+        """The whole tensor that these slices or copies are.
 
         Raises:
             ValueError: copies that differ; says between which files.

@@ -72,9 +72,11 @@ class TensorFolder:
         return name
 
     def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is FP8 values, which have scales beside them."""
         return self.entries[name].dtype == FP8_DTYPE
 
     def dtype(self, name: str) -> torch.dtype:
+        """A tensor's type."""
         return TORCH_DTYPES[self.entries[name].dtype]
 
     def size(self, name: str) -> int:

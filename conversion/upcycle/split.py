@@ -73,7 +73,7 @@ class UpcycleOptions:
 
 @dataclass(frozen=True)
 class SplitFeedForward:
-    """Gate, up and down projection of a layer and the norm in front of it to the router and its experts.
+    """Makes a router and its experts of a layer's gate, up and down projection and the norm in front of it.
 
     Outputs: the router, then gate, up and down projection of the shared experts, if any, and of each routed expert.
     """
@@ -115,7 +115,7 @@ class SplitFeedForward:
 
 @dataclass(frozen=True)
 class WithZeroBias:
-    """A weight as it is, and a bias of zeros for it."""
+    """Casts a weight, and adds a bias of zeros for it."""
 
     dtype: torch.dtype
 

@@ -32,6 +32,7 @@ class HubError(Exception):
 
 
 def bad_request(message: str) -> HubError:
+    """The answer to a request that cannot be understood."""
     return HubError(HTTPStatus.BAD_REQUEST, "BadRequest", message)
 
 
@@ -61,6 +62,7 @@ class Blobs:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
+        """Where the blob of this digest is, if it is there."""
         if not _SHA256.fullmatch(sha256):
             raise bad_request(f"{sha256!r} is not a SHA-256")
         return self.folder / sha256
@@ -106,6 +108,7 @@ class Repo:
         self.kind, self.repo_id, self.folder = kind, repo_id, root / "repos" / f"{kind}s" / user / name
 
     def exists(self) -> bool:
+        """Whether it has a commit."""
         return (self.folder / "main").is_file()
 
     def commit(self, files: dict[str, Any], private: bool, parent: str | None, title: str) -> str:

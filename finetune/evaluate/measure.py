@@ -150,7 +150,7 @@ def evaluate_model(
 
 
 def print_scores(report: dict[str, Any], folder: Path) -> None:
-    """The table, and where the files are."""
+    """Prints the table of scores, and where the files are."""
     before, after = report["before"], report["after"]
     name = Path(report["model"]).name + (f" with {Path(report['adapter']).name}" if report["adapter"] else "")
     table = Table(title=Text(name))

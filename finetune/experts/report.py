@@ -131,7 +131,7 @@ def report_experts(
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The tables, and where picture and JSON are."""
+    """Prints the tables, and where picture and JSON are."""
     console = Console()
     for number in range(len(report["data"])):
         console.print(_load_table(report, number))

@@ -40,7 +40,7 @@ class RoutingTotals:
         return self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
 
     def __add__(self, other: "RoutingTotals") -> "RoutingTotals":
-        """Totals of the rows of both."""
+        """Totals of the rows of this one and of the other together."""
         return RoutingTotals(
             self.tokens + other.tokens, self.layers, self.counts + other.counts, self.weights + other.weights
         )

@@ -42,7 +42,7 @@ class Contents:
     kind: str
 
     def text(self) -> str:
-        """The file."""
+        """What the file says."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def quantization_options(recipe: "Recipe") -> dict[str, Any]:
-    """What `from_pretrained` is to be told.
+    """Arguments of `from_pretrained` by which the frozen weights come in four bits; none for a recipe without the key.
 
     Raises:
         ValueError: the checkpoint is quantised already.

@@ -28,7 +28,7 @@ SHIPPED = {
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read a recipe from a file, and check it.
 
     Args:
         path: a YAML file, or the name of a shipped recipe (`lora_all`).

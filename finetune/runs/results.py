@@ -1,4 +1,4 @@
-"""What is there to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
+"""What there is to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class RunResults:
     base: str | None
 
     def identity(self) -> str:
-        """The same for the same recipe on the same rows, wherever they lie; without a recipe, for the same weights."""
+        """A digest of recipe and rows, wherever they lie; of the weights where there is no recipe."""
         if self.recipe:
             return run_identity(self.folder)
         weights = sorted((self.model or self.adapter).glob("*.safetensors"))

@@ -13,7 +13,7 @@ from ..recipe.schema import Recipe
 
 
 def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) -> dict[str, float] | None:
-    """`measure_metric` before the first step, kept in the file `path`, where a resumed run finds it.
+    """What `measure_metric` gives before the first step, kept in the file `path`, where a resumed run finds it.
 
     Args:
         is_fresh: nothing was trained yet. A metric that a recipe gets later has no `before`.
