@@ -43,10 +43,10 @@ def run_card(
     """The card of what is in `folder`.
 
     Args:
-        results: of the run.
+        results: the run's.
         kind: adapter, model, code or one of DeepSeek's model types.
         folder: the files that are pushed.
-        repo_id: where to.
+        repo_id: the repository that it is pushed to.
         base: the base's name on the Hub, if it has one.
         base_json: its `config.json`, if that is at hand.
         licence: `license`, and where that is "other" `license_name` and `license_link`; empty if nobody said.

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
 from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor
-from .fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize_blocks
+from .fp8_blocks import FP8_BLOCK, SCALE_SUFFIX, dequantize_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class CheckpointMixin:
         return loading_info
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
-        """As in transformers; MTP modules get their copies of embedding and head back.
+        """Writes the model under DeepSeek's tensor names; MTP modules get their copies of embedding and head back.
 
         Raises:
             ValueError: the weights were quantised while they were loaded, in a way that has no file format.
@@ -193,7 +193,7 @@ def is_fp8_to_dequantize(load_config) -> bool:
 
 def fp8_block(hf_quantizer) -> tuple[int, int]:
     """Rows and columns of a block, as the checkpoint's `quantization_config` says."""
-    return tuple(hf_quantizer.quantization_config.weight_block_size or BLOCK)
+    return tuple(hf_quantizer.quantization_config.weight_block_size or FP8_BLOCK)
 
 
 def dequantize_ragged_blocks(load_config) -> None:

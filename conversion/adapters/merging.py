@@ -47,11 +47,11 @@ class Delta:
     """What is added to one weight.
 
     Attributes:
-        factors: of the adapter.
-        pair: where A and B are.
+        factors: the adapter's, read when they are needed.
+        pair: keys of A and B.
         is_parameter: whether PEFT adapts the weight as a bare parameter, as transformers has those of experts; it then
             rounds the product by itself.
-        expert: whose part of stacked factors it is.
+        expert: number of the expert whose part of stacked factors it is.
         rows: first and last but one row of B that belong to the weight; None for all.
     """
 
@@ -156,7 +156,7 @@ def apply_adapter(source: SourceCheckpoint, folder: str | os.PathLike, only: tup
 
     Args:
         source: the base.
-        folder: with `adapter_config.json` or `expert_cfg.json`.
+        folder: adapter folder, with `adapter_config.json` or `expert_cfg.json`.
         only: names that the merged modules end with, such as "kv_b_proj"; by default every tensor of the adapter must
             find its weight.
 

@@ -28,7 +28,7 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
     """An adapter as vLLM and SGLang read it.
 
     Args:
-        adapter: with stacked factors, or per expert already.
+        adapter: one with stacked factors, or with a pair for each expert already.
         kv_b_proj: "keep" or "leave-out" for LoRA on `kv_b_proj`, which vLLM's absorbed decoding does not apply.
 
     Raises:

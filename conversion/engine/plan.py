@@ -23,7 +23,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -51,6 +51,7 @@ class Shard:
     same_as: str | None = None
 
     def tensors(self) -> Iterator[TensorSpec]:
+        """The tensors of the file, in the order of its steps."""
         for step in self.steps:
             yield from step.outputs
 
@@ -118,6 +119,7 @@ class Plan:
 
     @property
     def tensor_count(self) -> int:
+        """How many tensors are written."""
         return sum(len(step.outputs) for shard in self.shards for step in shard.steps)
 
     def index(self) -> dict[str, Any]:

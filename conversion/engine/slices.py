@@ -36,7 +36,7 @@ class Pieces:
     """Where the slices of one tensor are.
 
     Attributes:
-        names: of the slices in order, or of copies that must be the same.
+        names: the slices in order, or copies that must be the same.
         dim: along which they are joined; None for copies.
         files: the names' files.
     """
@@ -46,7 +46,7 @@ class Pieces:
     files: tuple[str, ...]
 
     def join(self, slices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The whole tensor.
+        """The whole tensor that these slices or copies are.
 
         Raises:
             ValueError: copies that differ; says between which files.

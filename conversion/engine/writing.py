@@ -51,7 +51,7 @@ class Reader:
         return self._files[file]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor.
+        """The tensor of this name, in memory of its own.
 
         Raises:
             CheckpointError: the file ends before the tensor does.
@@ -67,6 +67,7 @@ class Reader:
         return data.view(self.source.dtype(name)).view(entry.shape)
 
     def too_short(self, name: str) -> CheckpointError:
+        """The error of a file that ends before tensor `name` does."""
         path = self.source.folder / self.source.file_of[name]
         return CheckpointError(f"{path} ends within tensor {name}; it has changed since the start")
 
@@ -90,14 +91,14 @@ def write_shards(
     """Writes the weight files `shards` of a plan.
 
     Args:
-        plan: where they belong.
+        plan: the plan that they belong to.
         shards: those still to be written.
         target: the folder.
         link: whether a file that stays as it is becomes a hard link, where the file system can; else a copy.
         on_progress: told the file and the bytes that are done since the last call.
 
     Returns:
-        "linked", "copied" or "converted" for every file, and what FP8 cost per tensor class.
+        "linked", "copied" or "converted" for every file, and what FP8 cost in each part of the model.
 
     Raises:
         CheckpointError: the source cannot be converted; names file and tensor.
@@ -138,10 +139,12 @@ def _check_space(plan: Plan, shards: list[Shard], target: Path, link: bool) -> N
 
 
 def disk_full(target: Path, detail: str) -> ConversionError:
+    """The error of a disk on which the rest of a conversion has no room."""
     return ConversionError(f"not enough space in {target}: {detail}; finished files stay, and the same call goes on")
 
 
 def is_disk_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

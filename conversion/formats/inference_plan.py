@@ -5,7 +5,7 @@ import dataclasses
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import TensorEntry
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_mtp_tensor, is_redundant
-from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
@@ -21,7 +21,7 @@ def cut(plan: Plan, mp: int) -> Plan:
     """The plan of the same tensors in the files of `mp` ranks.
 
     Args:
-        plan: to write the tensors under their published names; its config is kept beside the ModelArgs.
+        plan: one that writes the tensors under their published names; its config is kept beside the ModelArgs.
         mp: how many ranks.
 
     Raises:
@@ -32,10 +32,10 @@ def cut(plan: Plan, mp: int) -> Plan:
     is_fp8 = _is_fp8(plan, steps)
     scale_fmt = (plan.config_json.get("quantization_config") or {}).get("scale_fmt")
     args = model_args(config, "fp8" if is_fp8 else "bf16", scale_fmt)
-    if is_fp8 and source.block != BLOCK:
+    if is_fp8 and source.block != FP8_BLOCK:
         raise CheckpointError(
-            f"weight_block_size={list(source.block)} cannot be expressed as {INFERENCE}: it is always {list(BLOCK)} "
-            "there"
+            f"weight_block_size={list(source.block)} cannot be expressed as {INFERENCE}: it is always "
+            f"{list(FP8_BLOCK)} there"
         )
     for field in ("num_attention_heads", "n_routed_experts"):
         if getattr(config, field) % mp:

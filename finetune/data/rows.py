@@ -12,7 +12,7 @@ part is tokenized apart from what precedes it, so the model sees the prompt's to
 An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
 leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
 
-Rows of preferences, for the `dpo` section, are in `preference_rows.py`.
+Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 
 import copy
@@ -98,10 +98,10 @@ def load_data(
 
     Args:
         source: path of a JSONL file, else the Hub name of a data set.
-        split: of the Hub data set.
+        split: which split of a Hub data set.
         tokenizer: needs a chat template where rows have `messages`.
         max_length: longer rows are cut; a row with nothing to learn in what is left is left out, as a table says.
-        cache_dir: where the tokenized rows are kept, for the next call with the same arguments.
+        cache_dir: folder in which the tokenized rows are kept for the next call with the same arguments.
         rules: `long_rows` and `bad_rows` as in `Recipe`, "cut" and "stop" by default.
 
     Raises:

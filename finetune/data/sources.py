@@ -19,7 +19,7 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
 
     Args:
         source: path of a JSONL file, else the Hub name of a data set.
-        split: of the Hub data set.
+        split: which split of a Hub data set.
         streaming: read a Hub data set row by row instead of downloading it first.
 
     Returns:

@@ -142,7 +142,7 @@ def check_same(what: str, scores: dict[str, Scores], key: str, logits: torch.Ten
 
 
 def report(console: Console, items: list[dict[str, Any]], scores: dict[str, Scores], summary: dict[str, Any]) -> None:
-    """The closing tables: scores, some answers, and where everything is."""
+    """Prints the closing tables: scores, some answers, and where everything is."""
     names = {
         "baseline": "best constant answer",
         "before": "base, before",

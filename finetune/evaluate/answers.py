@@ -15,7 +15,7 @@ from ..data.sources import open_rows
 from ..errors import UserError
 from ..progress import counting_bar
 
-_MARK = "\ue000"  # of Unicode's private use area: in no text
+_MARK = "\ue000"  # a character of Unicode's private use area: in no text
 
 
 class Question(NamedTuple):
@@ -45,8 +45,8 @@ def questions_of(source: str, split: str, tokenizer: PreTrainedTokenizerBase, li
     """The questions of a JSONL file or a Hub data set.
 
     Args:
-        split: of the Hub data set.
-        limit: of at most so many rows, evenly spread; None for all.
+        split: which split of a Hub data set.
+        limit: the most rows to take, evenly spread; None for all.
 
     Raises:
         UserError: no such data, a row that cannot be read (with its line), or rows that ask nothing.
@@ -111,9 +111,9 @@ def generate_answers(
 
     Args:
         questions: the longest are asked first, so what does not fit into memory shows at once.
-        max_new_tokens: of an answer; by default twice the tokens of the longest reference, and 16 at least.
+        max_new_tokens: the most tokens of an answer; by default twice those of the longest reference, and 16 at least.
         batch_size: questions in one batch, padded on the left.
-        title: of the progress bar.
+        title: what the progress bar is called.
 
     Raises:
         UserError: a question is longer than the model's context, or a batch does not fit into memory.

@@ -49,11 +49,11 @@ def chat(
         model: local folder or Hub name.
         adapter: folder or Hub name of an adapter to put on the model.
         system: the system message.
-        max_new_tokens: of an answer.
-        temperature, top_p: of sampling; by default the model's own, else 0.6 and 0.95.
-        seed: of sampling; None for another conversation each time.
+        max_new_tokens: the most tokens of an answer.
+        temperature, top_p: how answers are sampled; by default the model's own, else 0.6 and 0.95.
+        seed: of the sampling's random numbers; None for another conversation each time.
         greedy: take the likeliest token instead.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Raises:
         UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.

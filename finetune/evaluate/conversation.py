@@ -43,7 +43,7 @@ class Conversation:
         Args:
             model, tokenizer: the tokenizer has a chat template.
             system: the system message.
-            max_new_tokens: of an answer.
+            max_new_tokens: the most tokens of an answer.
             **sampling: options of `generate`: `do_sample`, `temperature`, `top_p`.
 
         Raises:

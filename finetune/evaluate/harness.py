@@ -56,8 +56,8 @@ def run_tasks(
     Every prompt begins with BOS exactly once, if the tokenizer has BOS, whatever its own settings say.
 
     Args:
-        manager, names: from `load_tasks`.
-        limit: at most so many documents of each task.
+        manager, names: what `load_tasks` gives.
+        limit: the most documents of each task.
         chat_template: put each prompt through the tokenizer's chat template.
 
     Raises:

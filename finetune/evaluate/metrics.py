@@ -18,7 +18,7 @@ def score_answers(metric: str | os.PathLike[str], answers: list[str], references
     """What a metric says of answers: its numbers by name.
 
     Args:
-        metric: as in `find_metric`.
+        metric: path or name, as `find_metric` takes it.
         answers: what the model said.
         references: the right answers, as many.
 

@@ -37,11 +37,12 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
+        """Perplexity of a token: e to the mean cross-entropy."""
         return math.exp(min(self.nats / self.tokens, 700.0))  # float64 ends at e^709
 
     @property
     def bits_per_byte(self) -> float:
+        """Mean cross-entropy of a byte in bits, which compares models of different vocabularies."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -75,7 +76,7 @@ def score_text(
 
     Args:
         window: tokens that the model sees at a time, with BOS; by default its context, and 2048 at most.
-        stride: by how much a window moves on; half a window by default.
+        stride: tokens by which a window moves on; half a window by default.
         batch_size: windows in one forward pass.
         show: called with the windows done and their number.
 

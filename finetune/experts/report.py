@@ -72,15 +72,15 @@ def report_experts(
 
     Args:
         model: local folder or Hub name.
-        data: JSONL file or Hub data set; `data.py` says which rows.
+        data: JSONL file or Hub data set; `data/rows.py` says which rows.
         compare: a second one, to compare with the first.
         output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call.
         adapter: folder or Hub name of a LoRA adapter to put on the model.
-        split: of Hub data sets.
-        rows: at most so many rows of each set, evenly spread over it; None for all.
+        split: which split of Hub data sets.
+        rows: the most rows of each set, evenly spread over it; None for all.
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Returns:
         What `experts.json` holds, see the module's docstring.
@@ -131,7 +131,7 @@ def report_experts(
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The tables, and where picture and JSON are."""
+    """Prints the tables, and where picture and JSON are."""
     console = Console()
     for number in range(len(report["data"])):
         console.print(_load_table(report, number))
@@ -183,7 +183,7 @@ def _spread(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
 def _count(
     model: PreTrainedModel, sets: dict[str, datasets.Dataset], batch_size: int
 ) -> list[tuple[RoutingTotals, torch.Tensor]]:
-    """Of each set the totals, and the shares of two random halves `[2, L, E]`; of a single row `[1, L, E]`."""
+    """Totals of each set, and the shares of two random halves of it `[2, L, E]`; of a single row `[1, L, E]`."""
     found = []
     with row_progress() as progress:
         tasks = [progress.add_task(name, total=len(rows), speed=0.0, start=False) for name, rows in sets.items()]

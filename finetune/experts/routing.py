@@ -40,7 +40,7 @@ class RoutingTotals:
         return self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
 
     def __add__(self, other: "RoutingTotals") -> "RoutingTotals":
-        """Totals of the rows of both."""
+        """Totals of the rows of this one and of the other together."""
         return RoutingTotals(
             self.tokens + other.tokens, self.layers, self.counts + other.counts, self.weights + other.weights
         )
@@ -64,7 +64,7 @@ def padded_batches(
     """`input_ids` and `attention_mask` `[B, T]` of `batch_size` rows each, the longest rows first.
 
     Args:
-        rows: with `input_ids`.
+        rows: rows with `input_ids`.
         batch_size: B.
         done: told the number of rows and tokens of every batch that was used.
     """
@@ -142,8 +142,8 @@ def claimed_experts(shares: torch.Tensor, others: torch.Tensor) -> list[int]:
     Halves must agree because chance alone gives an expert of few tokens twice the share, the oftener the more experts.
 
     Args:
-        shares: of the set's halves `[2, E]`, or of all its rows `[1, E]`.
-        others: of the other set, likewise.
+        shares: those of the set's halves `[2, E]`, or of all its rows `[1, E]`.
+        others: those of the other set, likewise.
     """
     least, most = shares.amin(dim=0), others.amax(dim=0)
     claimed = (least > 1 / len(least)) & (least >= CLAIM_FACTOR * most)

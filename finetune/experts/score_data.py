@@ -44,16 +44,16 @@ def score_data(
 
     Args:
         model: local folder or Hub name.
-        data: JSONL file or Hub data set; `data.py` says which rows.
+        data: JSONL file or Hub data set; `data/rows.py` says which rows.
         output: the file of scores, which is replaced.
-        split: of Hub data sets.
+        split: which split of Hub data sets.
         sample_tokens: random rows are taken until they have so many tokens.
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Returns:
-        What the file holds, see `esft.py`.
+        What the file holds, see `scores.py`.
 
     Raises:
         UserError: an argument, the model or the data cannot be used; one line says why.
@@ -161,7 +161,7 @@ def _unpacked(row: Mapping[str, Any]) -> list[list[int]]:
 
 
 def print_scores(scores: Scores) -> None:
-    """For each layer, how many experts the paper's shares need, and the best ones."""
+    """Prints for each layer how many experts the paper's shares need, and the best ones."""
     table = Table(
         title="Experts of the task",
         caption="needed: experts whose scores sum up to that; best: id and token score",
@@ -180,7 +180,7 @@ def print_scores(scores: Scores) -> None:
 
 
 def print_choice(choice: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], rule: str) -> None:
-    """The chosen experts of each layer."""
+    """Prints the chosen experts of each layer."""
     table = Table(title=f"{trained_count(choice)} experts whose {rule} in each layer")
     for column in ("layer", "experts", "score"):
         table.add_column(column, justify="right")

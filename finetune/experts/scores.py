@@ -51,7 +51,7 @@ def esft_scores(totals: RoutingTotals, gate_scale: float = 1.0) -> Scores:
 
 
 def select_experts(scores: Scores, score: Literal["token", "gate"], top_p: float) -> dict[str, list[int]]:
-    """For each layer the fewest experts whose scores sum up to `top_p`, the best first; of equals the first listed.
+    """The fewest experts of each layer whose scores sum up to `top_p`, the best first; of equals the first listed.
 
     Raises:
         UserError: `top_p` is no share, or more than the scores of a layer sum up to.
@@ -119,7 +119,7 @@ def read_choice(path: str | Path, config: DeepseekMoeConfig, model: str) -> dict
 
     Args:
         path: the file.
-        config: of the model.
+        config: the model's.
         model: its name, for errors.
 
     Raises:

@@ -89,13 +89,13 @@ def check_weights(folder: Path) -> None:
                     raise UserError(f"{path}: {name} has values that are not finite numbers; nothing is pushed")
 
 
-def stage(results: RunResults, kind: str, aside: Path, base: str | None, fetch: Callable[[str], Path]) -> Path:
+def stage(results: RunResults, kind: str, work: Path, base: str | None, fetch: Callable[[str], Path]) -> Path:
     """The folder to push, without its card.
 
     Args:
         results: what there is.
-        kind: of `choose_kind`.
-        aside: folder for what is made on the way; what an earlier call left in it is used again.
+        kind: what is pushed, as `choose_kind` says it.
+        work: folder for what is made on the way; what an earlier call left in it is used again.
         base: name that the adapter says it is for, instead of a folder on this machine.
         fetch: the folder of a model on the Hub.
 
@@ -105,8 +105,8 @@ def stage(results: RunResults, kind: str, aside: Path, base: str | None, fetch: 
     weights = results.adapter if kind == "adapter" else results.model
     check_weights(weights or results.adapter)
     if weights is None or kind in NATIVE_MODELS:
-        weights = _converted(results, kind, aside / "weights", base, fetch)
-    upload = aside / "upload"
+        weights = _converted(results, kind, work / "weights", base, fetch)
+    upload = work / "upload"
     shutil.rmtree(upload, ignore_errors=True)
     upload.mkdir(parents=True)
     for path in sorted(weights.iterdir()):
@@ -202,5 +202,5 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    """In a new file: the old one may be a link to that of the run."""
+    """Writes a new file, since the old one may be a link to that of the run."""
     write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

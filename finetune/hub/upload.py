@@ -42,7 +42,7 @@ class Contents:
     kind: str
 
     def text(self) -> str:
-        """The file."""
+        """What the file says."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
@@ -59,7 +59,7 @@ def check_repo(
     Args:
         repo_id: `user/name`.
         private: what an existing one must be, if that matters.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         contents: what will be pushed.
         force: it may hold anything.
 
@@ -98,7 +98,7 @@ def make_repo(
     Args:
         repo_id: `user/name`.
         private: who can see a repository that is made now.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         contents: what will be pushed: a first commit says so, by which an upload that was stopped is known again.
 
     Raises:
@@ -129,7 +129,7 @@ def push(
     Args:
         folder: everything in it is uploaded.
         repo_id: `user/name`.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         replace: patterns of files that the repository loses in the same commit, unless the folder has them.
         sleep: waits so many seconds between two tries.
 

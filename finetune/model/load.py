@@ -14,7 +14,11 @@ from .quantization import quantization_options
 
 
 def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, from a local folder or the Hub."""
+    """The recipe's model and its tokenizer, from a local folder or the Hub.
+
+    Raises:
+        UserError: there is no such model, it cannot be loaded as the recipe says, or its tokenizer is another model's.
+    """
     choices = {
         "attn_implementation": recipe.attn_implementation,
         "experts_implementation": recipe.experts_implementation,

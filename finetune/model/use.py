@@ -25,7 +25,7 @@ def load_for_use(
 
     Args:
         model: local folder or Hub name.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         adapter: folder or Hub name of an adapter to put on it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is there to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
+"""What there is to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ class RunResults:
     """Trained weights, and what is known of how they came about.
 
     Attributes:
-        folder: of the run, or of the weights themselves.
+        folder: the run's, or that of the weights themselves.
         adapter, model: folders with the weights; at least one is there.
-        recipe: of the run, its keys as in `recipe.yaml`; empty where there was no run.
-        summary: of the run, as in `summary.json`; empty too.
+        recipe: the run's, its keys as in `recipe.yaml`; empty where there was no run.
+        summary: the run's `summary.json`; empty where there was no run.
         base: the model that was tuned, a folder or a name on the Hub, if anything says so.
     """
 
@@ -39,7 +39,7 @@ class RunResults:
     base: str | None
 
     def identity(self) -> str:
-        """The same for the same recipe on the same rows, wherever they lie; without a recipe, for the same weights."""
+        """A digest of recipe and rows, wherever they lie; of the weights where there is no recipe."""
         if self.recipe:
             return run_identity(self.folder)
         weights = sorted((self.model or self.adapter).glob("*.safetensors"))

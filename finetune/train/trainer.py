@@ -20,7 +20,7 @@ from ..runs.folder import last_checkpoint
 BAD_BATCH = "bad_batch.json"
 
 
-class Finishes:
+class RunTrainerMixin:
     """What a run adds to a Trainer class; comes before it among the bases.
 
     Raises:
@@ -66,7 +66,7 @@ class Finishes:
         return loss
 
     def stop_broken(self, what: str) -> None:
-        """Keep the batch, and raise."""
+        """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it."""
         folder = Path(self.args.output_dir)
         write_text(folder / BAD_BATCH, json.dumps(self._readable_batch(), ensure_ascii=False, indent=1) + "\n")
         saved = last_checkpoint(folder)
@@ -83,7 +83,7 @@ class Finishes:
         return {"step": self.state.global_step + 1, "texts": texts, "input_ids": rows}
 
 
-class FineTuner(Finishes, Trainer):
+class FineTuner(RunTrainerMixin, Trainer):
     """The Trainer of every run but those that learn from preferences."""
 
 
@@ -109,7 +109,7 @@ class StepTimes(TrainerCallback):
 class _FiniteGradients(TrainerCallback):
     """A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight."""
 
-    def __init__(self, trainer: Finishes):
+    def __init__(self, trainer: RunTrainerMixin):
         self._trainer = trainer
 
     def on_pre_optimizer_step(
