@@ -24,8 +24,12 @@ CLASSES = [
 ]
 
 
-def model_of(model_class=DeepseekMoeForCausalLM, lineage: str = "v3"):
-    return tiny_model(tiny_config(lineage, eos_token_id=None, pad_token_id=2), model_class=model_class)
+def model_of(model_class=DeepseekMoeForCausalLM, **overrides):
+    return tiny_model(tiny_config("v3", eos_token_id=None, pad_token_id=2, **overrides), model_class=model_class)
+
+
+def quickly_traced():
+    return model_of(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_labels_are_unknown_where_nothing_computes_a_loss():
 
 @pytest.mark.parametrize("mode", ["training", "checkpointing", "compiled"])
 def test_an_unknown_keyword_is_refused_in_every_mode(mode):
-    model = model_of().train()
+    model = quickly_traced().train()
     if mode == "checkpointing":
         model.gradient_checkpointing_enable()
     run = torch.compile(model, backend="eager") if mode == "compiled" else model
@@ -69,7 +73,7 @@ def test_an_unknown_keyword_is_refused_in_every_mode(mode):
 
 @torch.no_grad()
 def test_known_keywords_do_not_break_a_graph():
-    model = model_of()
+    model = quickly_traced()
     ids = tiny_ids(model.config)
     keywords = {"token_type_ids": torch.zeros_like(ids), "output_attentions": False, "use_cache": False}
     torch.compiler.reset()
