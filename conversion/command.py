@@ -17,7 +17,7 @@ def run_convert(
 ) -> None:
     """Converts, and prints what happened; a dry run prints the plan, one line a tensor.
 
-    All are arguments of `convert`; `upcycle` holds the fields of `UpcycleOptions`, None where they were not given.
+    Arguments are those of `convert`; `upcycle` holds the fields of `UpcycleOptions`, None where they were not given.
 
     Raises:
         CheckpointError: as `convert` does, and for an unknown format or dtype.

@@ -27,9 +27,9 @@ class ConversionReport:
         target: the folder.
         actions: "linked", "copied", "converted", or "kept" from an earlier call, for every weight file; empty for a
             dry run.
-        errors: what FP8 cost, for every class of weights that this call quantized.
+        errors: what FP8 cost, for every part of the model whose weights this call quantized.
         verification: what was compared, if that was asked for.
-        losses: of "upcycle" if text was given; why there are none if the models do not fit in memory.
+        losses: what "upcycle" measured if text was given; why it could not, if the models do not fit in memory.
         seconds: how long it took.
     """
 
@@ -42,7 +42,7 @@ class ConversionReport:
     seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
-        """The report as text."""
+        """The report as text, line by line."""
         yield from self.plan.notes
         tensors = f"{self.plan.tensor_count} tensors, {self.plan.size} bytes in {len(self.plan.shards)} files"
         if not self.actions:

@@ -31,8 +31,8 @@ class UpcycleLosses:
         dense: the source.
         all_experts: the result with every routed expert active.
         top_k: the result as it is, before any training.
-        chosen: routed experts a token has there.
-        experts: of how many.
+        chosen: routed experts that a token has there.
+        experts: routed experts that there are.
     """
 
     tokens: int
@@ -89,9 +89,9 @@ def measure_losses(plan: Plan, target: Path, rows: Rows) -> UpcycleLosses | str:
     """Loss of the dense model and of the result, or why the models do not fit in memory.
 
     Args:
-        plan: of the conversion.
+        plan: the conversion's.
         target: its finished result.
-        rows: of the text whose loss is measured.
+        rows: the text whose loss is measured.
     """
     reason = too_large(plan.source.config)
     if reason:

@@ -94,10 +94,10 @@ def verify_tensors(plan: Plan, target: Path) -> int:
 
 def _problem(before: Reader, after: Reader, step: Step, names: list[str]) -> str | None:
     """What is wrong with the outputs of a step, which are called `names` where they are read back."""
-    if isinstance(step.recipe, Copy):
+    if isinstance(step.operation, Copy):
         return None if same_bytes(before, after, step.sources[0], names[0]) else "differs from its source"
     sources = tuple(map(before.read, step.sources))
-    return step.recipe.problem(sources, tuple(map(after.read, names)))
+    return step.operation.problem(sources, tuple(map(after.read, names)))
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def _verify_logits(plan: Plan, target: Path, tensors: int) -> Verification:
         written = open_ranks(target, with_published_config=False) if plan.to == INFERENCE else target
         found = _logits(reader, written, dtype, ids)
     difference = float((found - expected).abs().max() / expected.abs().max())
-    exact = not any(isinstance(innermost(step.recipe), Quantize) for shard in plan.shards for step in shard.steps)
+    exact = not any(isinstance(innermost(step.operation), Quantize) for shard in plan.shards for step in shard.steps)
     if exact and not difference <= _LOGIT_TOLERANCE:
         raise ConversionError(
             f"{target / CONFIG_NAME}: {reader.__name__} computes logits that differ by {difference:.2g} of the largest"
@@ -145,7 +145,7 @@ def _plain_weights(plan: Plan) -> tuple[DeepseekMoeConfig, dict[str, torch.Tenso
     weights = {}
     with Reader(plan.source) as reader:
         for step in (step for shard in plan.shards for step in shard.steps):
-            tensors = step.recipe.apply(*map(reader.read, step.sources))
+            tensors = step.operation.apply(*map(reader.read, step.sources))
             weights |= zip((spec.name for spec in step.outputs), tensors, strict=True)
     return DeepseekMoeConfig.from_dict(dict(plan.config_json)), weights
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.recipe.schema import Recipe
 from modeling_deepseek_moe.finetune.runs.results import RunResults
@@ -43,16 +43,16 @@ def run_card(
     """The card of what is in `folder`.
 
     Args:
-        results: of the run.
+        results: the run's.
         kind: adapter, model, code or one of DeepSeek's model types.
         folder: the files that are pushed.
-        repo_id: where to.
+        repo_id: the repository that it is pushed to.
         base: the base's name on the Hub, if it has one.
         base_json: its `config.json`, if that is at hand.
         licence: `license`, and where that is "other" `license_name` and `license_link`; empty if nobody said.
 
     Raises:
-        RecipeError: the metadata would not be accepted by the Hub.
+        UserError: the metadata would not be accepted by the Hub.
     """
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
@@ -87,9 +87,9 @@ def run_card(
 
 
 def check(data: ModelCardData) -> None:
-    """Raise a RecipeError for metadata that the Hub would refuse."""
+    """Raise a UserError for metadata that the Hub would refuse."""
     if found := problems(yaml.safe_load(data.to_yaml())):
-        raise RecipeError(f"the Hub would not accept the model card: {'; '.join(found)}")
+        raise UserError(f"the Hub would not accept the model card: {'; '.join(found)}")
 
 
 def licence_of(card: str) -> dict[str, str]:

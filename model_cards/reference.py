@@ -71,9 +71,9 @@ class Sizes:
     """What the tensors of a model take.
 
     Attributes:
-        parameters, active: as `parameter_counts` counts them.
+        parameters, active: all, and those that work on a token, as `parameter_counts` counts them.
         mtp: parameters of the multi-token layers, without their copies of embedding and head.
-        bytes: of the weights without those layers, by the form they are in.
+        bytes: size of the weights without those layers, by the form they are in.
     """
 
     parameters: int
@@ -179,7 +179,7 @@ def _elsewhere(model_type: str) -> str:
 
 
 def main() -> None:
-    """Entry point of the module."""
+    """Command line of `python -m modeling_deepseek_moe.model_cards.reference`."""
     parser = argparse.ArgumentParser(description="Writes the cards of the released models.")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for them")
     for path in write_cards(parser.parse_args().output):

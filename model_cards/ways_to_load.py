@@ -20,7 +20,7 @@ class Way:
     """One way to use what is in a repository.
 
     Attributes:
-        title: with what.
+        title: what it is loaded with.
         code: lines to type; empty if there are none.
         language: python or bash.
         note: what to know before.
@@ -38,7 +38,7 @@ def ways_to_load(
     """The ways to load what a repository holds, the plainest first.
 
     Args:
-        folder: with the same files.
+        folder: one with the same files.
         kind: adapter, model, code or one of DeepSeek's model types.
         repo_id: name of the repository.
         base: name of the base on the Hub, if it has one.

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ class AttachedLossesMixin:
                         f"{torch.cuda.device_count()} ...), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
                     )
                 hidden_states, aux_loss = attach_loss(hidden_states, aux_loss), aux_loss.detach()
-        if trains and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if trains and DistributedDataParallel._get_active_ddp_module() is not None:
             modules = self.layers[self.config.num_hidden_layers :]
             hidden_states = take_part(hidden_states, modules.parameters())
         return hidden_states, aux_loss
@@ -77,10 +78,10 @@ def attach_loss(hidden_states: torch.Tensor, loss: torch.Tensor) -> torch.Tensor
 def take_part(hidden_states: torch.Tensor, weights: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """`hidden_states`, in whose backward pass trainable `weights` take part without a gradient.
 
-    DistributedDataParallel waits for each trainable weight in every backward pass. DeepSpeed does not, and cuts its
-    weights into parts that have no place in a graph.
+    DistributedDataParallel waits for each trainable weight in every backward pass; FSDP and DeepSpeed do not, and
+    DeepSpeed cannot do without the gradient.
     """
-    trained = [weight for weight in weights if weight.requires_grad and not hasattr(weight, "ds_id")]
+    trained = [weight for weight in weights if weight.requires_grad]
     return _TakesPart.apply(hidden_states, *trained) if trained else hidden_states
 
 

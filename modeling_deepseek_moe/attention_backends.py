@@ -67,7 +67,7 @@ def attention_backends(
 
     Args:
         config: a DeepseekMoeConfig. Its `dtype` is the one the model will run in, float32 if it is None.
-        device: where the model will run; the first GPU that torch sees, else the CPU, if it is None.
+        device: what the model will run on; the first GPU that torch sees, else the CPU, if it is None.
         packed: whether several sequences will share a row: then names come first that need no mask of all pairs.
     """
     device = _default_device() if device is None else torch.device(device)
@@ -107,7 +107,7 @@ def check_packed_rows(config, position_ids: torch.LongTensor, rows: int) -> None
     Args:
         config: its `_attn_implementation` is what runs, without `cu_seq_lens_q` and without a mask or cache.
         position_ids: `[rows, T]` or `[1, T]`; positions that start again mark packed sequences.
-        rows: of the batch.
+        rows: how many the batch has.
 
     Raises:
         ValueError: there are several rows, and sequences are packed into them.

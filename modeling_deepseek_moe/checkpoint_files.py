@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
 from .errors import CheckpointError
-from .fp8_blocks import BLOCK, SCALE_SUFFIX, scale_shape
+from .fp8_blocks import FP8_BLOCK, SCALE_SUFFIX, scale_shape
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -32,8 +32,8 @@ class TensorEntry(NamedTuple):
     Attributes:
         dtype: safetensors' own name, such as "BF16".
         shape: its dimensions.
-        start: where its bytes begin in the file.
-        stop: where they end.
+        start: offset in the file of its first byte.
+        stop: offset behind its last byte.
     """
 
     dtype: str
@@ -126,7 +126,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_fp8_scales(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], source: str, block: tuple[int, int] = BLOCK
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], source: str, block: tuple[int, int] = FP8_BLOCK
 ) -> None:
     """Checks that FP8 weights and scales come in pairs of matching shapes.
 

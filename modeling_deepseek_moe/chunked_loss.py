@@ -68,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, positions, targets, chunk_rows, dtype, grad_enabled):
         needs_hidden, needs_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         ctx.chunk_rows, ctx.dtype = chunk_rows, dtype
-        ctx.adds_up = needs_weight and dtype == _sums(weight)
+        ctx.adds_up = needs_weight and dtype == _sum_dtype(weight)
         inputs = (hidden_states, weight, positions, targets)
         loss, logsumexp, ctx.gradients = _loss_and_gradients(*inputs, chunk_rows, dtype, needs_hidden, ctx.adds_up)
         ctx.save_for_backward(*inputs, logsumexp)
@@ -99,16 +99,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None, None
 
 
-def _sums(weight: torch.Tensor) -> torch.dtype:
-    """In which the parts of a gradient add up."""
+def _sum_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Dtype in which the parts of a weight's gradient are summed."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, dtype, needs_hidden, needs_weight):
     """Chunks of tokens: the loss, each token's logsumexp, and both gradients, None where none is asked for."""
     losses, logsumexp = (hidden_states.new_empty(len(positions), dtype=torch.float32) for _ in range(2))
-    hidden_grad = torch.zeros_like(hidden_states, dtype=_sums(weight)) if needs_hidden else None
-    weight_grad = torch.zeros_like(weight, dtype=_sums(weight)) if needs_weight else None
+    hidden_grad = torch.zeros_like(hidden_states, dtype=_sum_dtype(weight)) if needs_hidden else None
+    weight_grad = torch.zeros_like(weight, dtype=_sum_dtype(weight)) if needs_weight else None
     with torch.autocast(weight.device.type, enabled=False):
         head = weight.to(dtype)
         for start in range(0, len(positions), chunk_rows):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 SCALE_SUFFIX = "_scale_inv"
-BLOCK = (128, 128)
+FP8_BLOCK = (128, 128)
 FP8_MAX = 448.0
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
@@ -15,7 +15,7 @@ _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 _FLOAT16_BIAS = 256.0
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, int]:
     """Rows and columns of the scales of a weight `[R, C]`."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
@@ -25,14 +25,14 @@ def dequantize_blocks(
     weight: torch.Tensor,
     scale: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
-    block: tuple[int, int] = BLOCK,
+    block: tuple[int, int] = FP8_BLOCK,
 ) -> torch.Tensor:
     """The weight `[R, C]` in `dtype`: the float32 product of each value with its block's scale, rounded once.
 
     Args:
         weight: float8_e4m3fn `[R, C]`.
         scale: float32 or float8_e8m0fnu, `scale_shape(weight.shape, block)`.
-        dtype: of the result.
+        dtype: type of the result.
         block: rows and columns of a block.
     """
     rows, columns = weight.shape
@@ -49,7 +49,7 @@ def dequantize_blocks(
     return result
 
 
-def quantize_blocks(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(weight: torch.Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight `[R, C]` as float8_e4m3fn `[R, C]` and float32 scales: each block's largest magnitude becomes 448.
 
     Quantizing the bfloat16 weight that comes back from it gives the same bits again.

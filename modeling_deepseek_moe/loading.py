@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
 from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor, stacks_experts
-from .fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize_blocks
+from .fp8_blocks import FP8_BLOCK, SCALE_SUFFIX, dequantize_blocks
+from .quantized_layers import keep_bitsandbytes_layout, make_config_true
 
 logger = logging.get_logger(__name__)
 
@@ -73,15 +74,19 @@ class CheckpointMixin:
             logger.warning(f"{type(model).__name__}: {', '.join(sorted(new_heads))} is new and must be trained")
         check_biases(model, load_config.pretrained_model_name_or_path)
         model.freeze_idle_mtp()
+        keep_bitsandbytes_layout(model)
         return loading_info
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
-        """As in transformers; MTP modules get their copies of embedding and head back.
+        """Writes the model under DeepSeek's tensor names; MTP modules get their copies of embedding and head back.
 
         Raises:
-            ValueError: the weights were quantised while they were loaded, in a way that has no file format.
+            ValueError: the weights were quantised in a way that has no file format, or that the config does not name.
         """
-        quantizer, is_adapted = getattr(self, "hf_quantizer", None), getattr(self, "_hf_peft_config_loaded", False)
+        is_adapted = getattr(self, "_hf_peft_config_loaded", False)
+        if not is_adapted:
+            make_config_true(self)
+        quantizer = getattr(self, "hf_quantizer", None)
         if quantizer is not None and not is_adapted and not quantizer.is_serializable():
             method = quantizer.quantization_config.quant_method
             raise ValueError(
@@ -196,7 +201,7 @@ def is_fp8_to_dequantize(load_config) -> bool:
 
 def fp8_block(hf_quantizer) -> tuple[int, int]:
     """Rows and columns of a block, as the checkpoint's `quantization_config` says."""
-    return tuple(hf_quantizer.quantization_config.weight_block_size or BLOCK)
+    return tuple(hf_quantizer.quantization_config.weight_block_size or FP8_BLOCK)
 
 
 def dequantize_ragged_blocks(load_config) -> None:

@@ -14,7 +14,7 @@ OLDEST_TRIED, NEWEST_TRIED = (5, 20), (5, 24)  # minor releases of transformers 
 
 # Where each name is looked up, and what for. `module:name` is a name that the module's code asks our classes for.
 BORROWED = {
-    "transformers.cache_utils.Cache.layer_class_to_replicate": "new layers of a growing cache are ours",
+    "transformers.cache_utils:layer_class_to_replicate": "new layers of a growing cache are ours",
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "experts are stacked while loading",
     "transformers.core_model_loading:_weight_conversions": "a dequantised FP8 checkpoint is saved as a plain one",
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation": "the attention that runs",

@@ -18,6 +18,17 @@ from huggingface_hub import HfApi
 from tiny import JSON_OF_LINEAGE, tiny_config, tiny_model, v3_config
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--transformers-folder",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="another release of transformers (pip install --no-deps --target FOLDER transformers==...) under which "
+        "exported code is loaded, too; may be given several times",
+    )
+
+
 def pytest_configure(config) -> None:
     """Share the cores between xdist's workers; alone, two threads are enough for the small tensors of these tests."""
     worker_input = getattr(config, "workerinput", None)

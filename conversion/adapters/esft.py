@@ -11,7 +11,7 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, SINGLE_NAME, check_fp8_scales, read_entries
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
-from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
@@ -111,9 +111,9 @@ def adapted_names(
     config: DeepseekMoeConfig,
     names: Iterable[str],
     model: str | os.PathLike,
-    block: tuple[int, int] = BLOCK,
+    block: tuple[int, int] = FP8_BLOCK,
 ) -> dict[str, str]:
-    """As `replaced_by`, for any model with these tensor `names`; `block` is of its FP8 weights."""
+    """`replaced_by` for any model with these tensor `names`, whose FP8 weights have blocks of `block`."""
     check_expert_cfg(adapter.config_json, config, adapter.folder / ESFT_CONFIG, model)
     is_legacy = not any(name.startswith("model.") for name in adapter.entries)
     keys = {f"model.{name}" if is_legacy and name != "lm_head.weight" else name: name for name in adapter.entries}
@@ -195,7 +195,7 @@ def _expert_cfg(config: DeepseekMoeConfig, names: set[str]) -> dict[str, Any]:
 
 
 def trained_names(config_json: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
-    """Those of `names` that an `expert_cfg.json` says were trained."""
+    """The names among `names` of the tensors that an `expert_cfg.json` says were trained."""
     chosen = {(layer, str(expert)) for layer, experts in config_json["experts"].items() for expert in experts}
     for name in names:
         expert = _EXPERT.fullmatch(name)

@@ -46,7 +46,7 @@ class Pair:
 
     Attributes:
         a, b: their keys.
-        rank, scaling: of this weight, whatever the patterns of the config are.
+        rank, scaling: what holds for this weight, whatever the patterns of the config are.
         experts: how many a stacked weight has; None for one matrix.
     """
 
@@ -62,7 +62,7 @@ class LoraAdapter(TensorFolder):
     """A sound LoRA adapter.
 
     Attributes:
-        pairs: by the adapted module's name in the model, or by the parameter's if it is stacked.
+        pairs: factors by the adapted module's name in the model, or by the parameter's if it is stacked.
         parameters: those of `pairs` that PEFT adapts as bare parameters, named without the final `.weight`.
         saved: keys of whole tensors that replace the base's (`modules_to_save`), by the tensor's name.
         other_files: names of what lies beside them.

@@ -18,7 +18,7 @@ from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_layout import MTP_COPIES
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 
-from ..engine.operations import Copy, Dequantize, Quantize, Recipe
+from ..engine.operations import Copy, Dequantize, Operation, Quantize
 from ..engine.plan import Step, TensorSpec
 from ..engine.source import SourceCheckpoint
 from ..engine.writing import Reader
@@ -47,11 +47,11 @@ class Delta:
     """What is added to one weight.
 
     Attributes:
-        factors: of the adapter.
-        pair: where A and B are.
+        factors: the adapter's, read when they are needed.
+        pair: keys of A and B.
         is_parameter: whether PEFT adapts the weight as a bare parameter, as transformers has those of experts; it then
             rounds the product by itself.
-        expert: whose part of stacked factors it is.
+        expert: number of the expert whose part of stacked factors it is.
         rows: first and last but one row of B that belong to the weight; None for all.
     """
 
@@ -73,9 +73,9 @@ class Delta:
 class Merge:
     """A weight plus the product of two factors; `before` makes the weight, `after` the outputs of the sum."""
 
-    before: Recipe
+    before: Operation
     delta: Delta
-    after: Recipe
+    after: Operation
 
     def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.after.apply(self._merged(*self.before.apply(*sources)))
@@ -135,10 +135,10 @@ class AppliedAdapter:
         if name != weight:
             return None  # made with its weight, or not at all
         delta, step = self.deltas[weight], step_of(name)
-        if isinstance(step.recipe, Dequantize):
-            return dataclasses.replace(step, recipe=Merge(step.recipe, delta, Copy()))
+        if isinstance(step.operation, Dequantize):
+            return dataclasses.replace(step, operation=Merge(step.operation, delta, Copy()))
         if not self.source.is_fp8(name):
-            return dataclasses.replace(step, recipe=Merge(Copy(), delta, step.recipe))
+            return dataclasses.replace(step, operation=Merge(Copy(), delta, step.operation))
         block, (spec,) = self.source.block, step.outputs
         scale_fmt = (self.source.config_json.get("quantization_config") or {}).get("scale_fmt")
         if self.source.dtype(name + SCALE_SUFFIX) != torch.float32 or scale_fmt == "ue8m0":
@@ -147,8 +147,8 @@ class AppliedAdapter:
                 "give --to bf16"
             )
         scale = TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(spec.shape, block))
-        recipe = Merge(Dequantize(torch.bfloat16, block), delta, Quantize(block))
-        return Step(recipe, (name, name + SCALE_SUFFIX), (spec, scale))
+        operation = Merge(Dequantize(torch.bfloat16, block), delta, Quantize(block))
+        return Step(operation, (name, name + SCALE_SUFFIX), (spec, scale))
 
 
 def apply_adapter(source: SourceCheckpoint, folder: str | os.PathLike, only: tuple[str, ...] = ()) -> AppliedAdapter:
@@ -156,7 +156,7 @@ def apply_adapter(source: SourceCheckpoint, folder: str | os.PathLike, only: tup
 
     Args:
         source: the base.
-        folder: with `adapter_config.json` or `expert_cfg.json`.
+        folder: adapter folder, with `adapter_config.json` or `expert_cfg.json`.
         only: names that the merged modules end with, such as "kv_b_proj"; by default every tensor of the adapter must
             find its weight.
 

@@ -28,7 +28,7 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
     """An adapter as vLLM and SGLang read it.
 
     Args:
-        adapter: with stacked factors, or per expert already.
+        adapter: one with stacked factors, or with a pair for each expert already.
         kv_b_proj: "keep" or "leave-out" for LoRA on `kv_b_proj`, which vLLM's absorbed decoding does not apply.
 
     Raises:
@@ -60,12 +60,12 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
         settings |= dict.fromkeys([f"{name}.weight"] if is_parameter else modules, (rank, scaling))
         for factor, key in (("A", pair.a), ("B", pair.b)):
             experts, scale = pair.experts or 1, pair.scaling / scaling
-            recipe = Unstack(factor, experts, len(modules) // experts, rank, scale)
+            operation = Unstack(factor, experts, len(modules) // experts, rank, scale)
             rows, columns = adapter.entries[key].shape
             shape = (rank, columns) if factor == "A" else (rows * experts // len(modules), rank)
             specs = tuple(TensorSpec(_key(module, factor), adapter.dtype(key), shape) for module in modules)
             is_same = not pair.experts and (pair.rank, scale) == (rank, 1)
-            steps.append(Step(Copy() if is_same else recipe, (key,), specs))
+            steps.append(Step(Copy() if is_same else operation, (key,), specs))
     return _plan(adapter, "peft-per-expert", steps, settings, use_rslora=False)
 
 

@@ -13,7 +13,7 @@ from ..engine.source import SourceCheckpoint, TensorFolder
 
 @dataclass(frozen=True)
 class OverlaidCheckpoint(SourceCheckpoint):
-    """As `SourceCheckpoint`; what is replaced has its own file in `file_of` and belongs to the file it replaces.
+    """A `SourceCheckpoint` in which tensors are replaced: each keeps its place, and `file_of` names its new file.
 
     Attributes:
         base: the checkpoint below.
@@ -36,7 +36,7 @@ def overlaid(base: SourceCheckpoint, other: TensorFolder, keys: dict[str, str]) 
 
     Args:
         base: a checkpoint under published names.
-        other: where the new tensors are.
+        other: folder of the new tensors.
         keys: what each replaced tensor, scales of FP8 weights included, is called in `other`.
 
     Raises:

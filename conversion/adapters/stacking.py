@@ -1,4 +1,4 @@
-"""Recipes between PEFT's stacked factors of routed experts and one pair a projection and expert.
+"""Operations between PEFT's stacked factors of routed experts and one pair a projection and expert.
 
 Stacked, A of `E` experts is `(E * r, in)`, expert after expert, and B is `(out, r * E)`, with the experts innermost.
 """
@@ -13,13 +13,13 @@ from ..engine.operations import difference
 
 @dataclass(frozen=True)
 class Unstack:
-    """A stacked factor to those of its experts and projections, expert after expert.
+    """Cuts a stacked factor into those of its experts and projections, expert after expert.
 
     Attributes:
         factor: "A" or "B".
         experts: how many there are; 1 for a factor that is not stacked.
         parts: projections in the stacked weight; they share A, and B's rows are theirs in turn.
-        rank: of the results; zeros are added up to it.
+        rank: that of the results; zeros fill lower ones up to it.
         scale: what B is multiplied by.
     """
 
@@ -36,7 +36,7 @@ class Unstack:
         return tuple(self._padded(b) for e in range(self.experts) for b in matrices[..., e].chunk(self.parts))
 
     def problem(self, sources, outputs) -> str | None:
-        """Stacks them again."""
+        """Stacks the results again, and compares."""
         (source,) = sources
         rank = source.shape[0 if self.factor == "A" else 1] // self.experts
         by_part = [outputs[part :: self.parts] for part in range(self.parts)]
@@ -58,7 +58,7 @@ class Unstack:
 
 @dataclass(frozen=True)
 class Stack:
-    """The factors of all experts to the stacked one; the sources are those of one projection after the other.
+    """Stacks the factors of all experts; the sources are those of one projection after the other.
 
     Attributes:
         factor: "A" or "B".
@@ -82,7 +82,7 @@ class Stack:
         return (matrices.permute(1, 2, 0).flatten(1),)
 
     def problem(self, sources, outputs) -> str | None:
-        """Takes every expert's part out again."""
+        """Takes every expert's part out again, and compares."""
         by_part, (stacked,) = self._by_part(sources), outputs
         experts = len(by_part[0])
         for e in range(experts):

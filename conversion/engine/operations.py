@@ -14,8 +14,11 @@ _FP8_RELATIVE, _FP8_ABSOLUTE, _FLOAT32_SLACK = 2.0**-4, 2.0**-10, 1 + 2.0**-20
 _BANDS_A_MEASUREMENT = 4
 
 
-class Recipe(Protocol):
-    """Makes the outputs of one step; `problem` says what is wrong with outputs read back, or returns None."""
+class Operation(Protocol):
+    """How the outputs of one step are made of its sources.
+
+    `apply` makes them; `problem` says what is wrong with outputs that were read back, None if nothing is.
+    """
 
     def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
 
@@ -24,7 +27,7 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """The same bytes; the worker copies them without reading them into memory."""
+    """Leaves a tensor as it is; the worker copies its bytes without reading them into memory."""
 
     def apply(self, source: torch.Tensor) -> tuple[torch.Tensor]:
         return (source,)
@@ -35,7 +38,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Cast:
-    """Another floating point type."""
+    """Rounds a tensor to another floating point type."""
 
     dtype: torch.dtype
 
@@ -51,7 +54,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """FP8 blocks and their scales to a plain weight (FACTS 3.4)."""
+    """Makes a plain weight of FP8 blocks and their scales (FACTS 3.4)."""
 
     dtype: torch.dtype
     block: tuple[int, int]
@@ -66,7 +69,7 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Quantize:
-    """A plain weight to FP8 blocks and float32 scales (FACTS 3.4)."""
+    """Makes FP8 blocks and float32 scales of a plain weight (FACTS 3.4)."""
 
     block: tuple[int, int]
 
@@ -85,7 +88,7 @@ class Quantize:
 
 @dataclass
 class QuantizationError:
-    """What FP8 did to the weights of one class, measured on a quarter of their rows.
+    """What FP8 did to the weights of one part of the model, measured on a quarter of their rows.
 
     Attributes:
         tensors: how many were measured.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .operations import Copy, Recipe
+from .operations import Copy, Operation
 from .source import CONFIG_NAME, SAFETENSORS_DTYPES, SourceCheckpoint, TensorFolder, open_source
 
 
@@ -23,15 +23,15 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Step:
-    """Tensors that are made together: `recipe.apply(*sources)` gives `outputs`, in that order."""
+    """Tensors that are made together: `operation.apply(*sources)` gives `outputs`, in that order."""
 
-    recipe: Recipe
+    operation: Operation
     sources: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -51,6 +51,7 @@ class Shard:
     same_as: str | None = None
 
     def tensors(self) -> Iterator[TensorSpec]:
+        """The tensors of the file, in the order of its steps."""
         for step in self.steps:
             yield from step.outputs
 
@@ -118,6 +119,7 @@ class Plan:
 
     @property
     def tensor_count(self) -> int:
+        """How many tensors are written."""
         return sum(len(step.outputs) for shard in self.shards for step in shard.steps)
 
     def index(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class Plan:
             how = f", the same tensors as {shard.same_as}" if shard.same_as else ""
             yield f"{shard.file}: {shard.size} bytes{how}"
             for step in shard.steps:
-                origin = f"{type(step.recipe).__name__.lower()} {' '.join(step.sources)}"
+                origin = f"{type(step.operation).__name__.lower()} {' '.join(step.sources)}"
                 for spec in step.outputs:
                     dtype = SAFETENSORS_DTYPES[spec.dtype]
                     yield f"    {spec.name} {dtype} {list(spec.shape)} {spec.size} bytes <- {origin}"
@@ -153,7 +155,7 @@ def shards_like_source(source: SourceCheckpoint, step_of) -> tuple[Shard, ...]:
         steps = tuple(step for step in map(step_of, names) if step is not None)
         if not steps:
             continue
-        copied = len(steps) == len(names) and all(isinstance(step.recipe, Copy) for step in steps)
+        copied = len(steps) == len(names) and all(isinstance(step.operation, Copy) for step in steps)
         unchanged = copied and source.is_whole(file)
         shards.append(Shard(file, steps, same_as=file if unchanged else None))
     return tuple(shards)

@@ -1,28 +1,30 @@
-"""Recipes for tensors that lie in slices: those of model-parallel ranks. Each wraps the recipe of the whole tensor."""
+"""Operations on tensors that lie in slices, those of model-parallel ranks; each wraps that of the whole tensor."""
 
 from dataclasses import dataclass
 
 import torch
 
-from .operations import Copy, Recipe, difference
+from .operations import Copy, Operation, difference
 
 
 @dataclass(frozen=True)
 class Sliced:
-    """One of `count` equal slices of what `recipe` makes, along `dim`."""
+    """One of `count` equal slices of what `operation` makes, along `dim`."""
 
-    recipe: Recipe
+    operation: Operation
     dim: int
     index: int
     count: int
 
     def apply(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self._slice(whole) for whole in self.recipe.apply(*sources))
+        return tuple(self._slice(whole) for whole in self.operation.apply(*sources))
 
     def problem(self, sources, outputs) -> str | None:
-        whole = self.recipe.apply(*sources)
+        whole = self.operation.apply(*sources)
         slices = zip(outputs, map(self._slice, whole), strict=True)
-        return self.recipe.problem(sources, whole) or next(filter(None, (difference(*pair) for pair in slices)), None)
+        return self.operation.problem(sources, whole) or next(
+            filter(None, (difference(*pair) for pair in slices)), None
+        )
 
     def _slice(self, whole: torch.Tensor) -> torch.Tensor:
         size = whole.shape[self.dim] // self.count
@@ -34,7 +36,7 @@ class Pieces:
     """Where the slices of one tensor are.
 
     Attributes:
-        names: of the slices in order, or of copies that must be the same.
+        names: the slices in order, or copies that must be the same.
         dim: along which they are joined; None for copies.
         files: the names' files.
     """
@@ -44,7 +46,7 @@ class Pieces:
     files: tuple[str, ...]
 
     def join(self, slices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The whole tensor.
+        """The whole tensor that these slices or copies are.
 
         Raises:
             ValueError: copies that differ; says between which files.
@@ -60,13 +62,13 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Joined:
-    """What `recipe` makes of tensors that are joined from `pieces`."""
+    """What `operation` makes of tensors that are joined from `pieces`."""
 
-    recipe: Recipe
+    operation: Operation
     pieces: tuple[Pieces, ...]
 
     def join(self, slices: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The sources of `recipe`, from all slices one behind the other."""
+        """The sources of `operation`, from all slices one behind the other."""
         rest, whole = list(slices), []
         for pieces in self.pieces:
             count = len(pieces.names)
@@ -75,11 +77,11 @@ class Joined:
         return tuple(whole)
 
     def apply(self, *slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.recipe.apply(*self.join(slices))
+        return self.operation.apply(*self.join(slices))
 
     def problem(self, sources, outputs) -> str | None:
-        if not isinstance(self.recipe, Copy):
-            return self.recipe.problem(self.join(sources), outputs)
+        if not isinstance(self.operation, Copy):
+            return self.operation.problem(self.join(sources), outputs)
         # Cut rather than joined, so that a check does not repeat a mistake of `join`.
         pieces = self.pieces[0]
         if pieces.dim is None:
@@ -90,8 +92,8 @@ class Joined:
         return next(filter(None, map(difference, parts, sources)), None)
 
 
-def innermost(recipe: Recipe) -> Recipe:
-    """The recipe of the whole tensor."""
-    while isinstance(recipe, Sliced | Joined):
-        recipe = recipe.recipe
-    return recipe
+def innermost(operation: Operation) -> Operation:
+    """The operation of the whole tensor."""
+    while isinstance(operation, Sliced | Joined):
+        operation = operation.operation
+    return operation

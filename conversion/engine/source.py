@@ -23,7 +23,7 @@ from modeling_deepseek_moe.checkpoint_files import (
     read_json,
 )
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
-from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 CONFIG_NAME = "config.json"
 RECORD_NAME = "conversion.json"
@@ -48,7 +48,7 @@ class TensorFolder:
     """A folder whose safetensors files are checked, and can be read tensor by tensor.
 
     Attributes:
-        folder: where it is, with links resolved.
+        folder: its path, with links resolved.
         config_json: its configuration as it is written.
         file_of: the file of every tensor, in `folder` unless it is an absolute path.
         entries: dtype, shape and place of every tensor.
@@ -72,9 +72,11 @@ class TensorFolder:
         return name
 
     def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is FP8 values, which have scales beside them."""
         return self.entries[name].dtype == FP8_DTYPE
 
     def dtype(self, name: str) -> torch.dtype:
+        """A tensor's type."""
         return TORCH_DTYPES[self.entries[name].dtype]
 
     def size(self, name: str) -> int:
@@ -222,11 +224,11 @@ def read_block(path: Path, config_json: dict[str, Any]) -> tuple[int, int]:
     """
     quantization = config_json.get("quantization_config")
     if quantization is None:
-        return BLOCK
+        return FP8_BLOCK
     where = f"{path}: quantization_config"
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         raise CheckpointError(f"{where}={quantization!a} is not read; only FP8 blocks are (quant_method 'fp8')")
-    block = quantization.get("weight_block_size", list(BLOCK))
+    block = quantization.get("weight_block_size", list(FP8_BLOCK))
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise CheckpointError(f"{where}.weight_block_size={block!a} is not two positive numbers")
     return block[0], block[1]

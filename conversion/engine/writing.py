@@ -1,4 +1,4 @@
-"""The worker: reads ahead, applies recipes, and writes each file aside, tensor by tensor at its planned place."""
+"""The worker: reads ahead, applies operations, and writes each file, tensor by tensor at its planned place."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ class Reader:
         return self._files[file]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor.
+        """The tensor of this name, in memory of its own.
 
         Raises:
             CheckpointError: the file ends before the tensor does.
@@ -67,6 +67,7 @@ class Reader:
         return data.view(self.source.dtype(name)).view(entry.shape)
 
     def too_short(self, name: str) -> CheckpointError:
+        """The error of a file that ends before tensor `name` does."""
         path = self.source.folder / self.source.file_of[name]
         return CheckpointError(f"{path} ends within tensor {name}; it has changed since the start")
 
@@ -90,14 +91,14 @@ def write_shards(
     """Writes the weight files `shards` of a plan.
 
     Args:
-        plan: where they belong.
+        plan: the plan that they belong to.
         shards: those still to be written.
         target: the folder.
         link: whether a file that stays as it is becomes a hard link, where the file system can; else a copy.
         on_progress: told the file and the bytes that are done since the last call.
 
     Returns:
-        "linked", "copied" or "converted" for every file, and what FP8 cost per tensor class.
+        "linked", "copied" or "converted" for every file, and what FP8 cost in each part of the model.
 
     Raises:
         CheckpointError: the source cannot be converted; names file and tensor.
@@ -138,10 +139,12 @@ def _check_space(plan: Plan, shards: list[Shard], target: Path, link: bool) -> N
 
 
 def disk_full(target: Path, detail: str) -> ConversionError:
+    """The error of a disk on which the rest of a conversion has no room."""
     return ConversionError(f"not enough space in {target}: {detail}; finished files stay, and the same call goes on")
 
 
 def is_disk_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -219,12 +222,12 @@ def _read_ahead(reader: Reader, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
     with ThreadPoolExecutor(_READERS) as pool:
         try:
             for step in steps:
-                size = 0 if isinstance(step.recipe, Copy) else sum(map(reader.source.size, step.sources))
+                size = 0 if isinstance(step.operation, Copy) else sum(map(reader.source.size, step.sources))
                 while pending and held + size > _READ_AHEAD_BYTES:
                     earlier, futures, freed = pending.popleft()
                     yield earlier, _results(futures)
                     held -= freed
-                if not isinstance(step.recipe, Copy):
+                if not isinstance(step.operation, Copy):
                     for name in step.sources:
                         reader.file(name)  # opened here, so that two threads do not open it twice
                     futures = [pool.submit(reader.read, name) for name in step.sources]
@@ -246,20 +249,20 @@ def _convert_tensors(
     reader: Reader, step: Step, sources: tuple[torch.Tensor, ...], file: int, begins: dict[str, int]
 ) -> QuantizationError | None:
     """Writes the outputs of a step, and measures what FP8 cost."""
-    recipe = step.recipe
+    operation = step.operation
     try:
-        if isinstance(recipe, Joined):
-            recipe, sources = recipe.recipe, recipe.join(sources)
-        outputs = recipe.apply(*sources)
+        if isinstance(operation, Joined):
+            operation, sources = operation.operation, operation.join(sources)
+        outputs = operation.apply(*sources)
     except ValueError as error:
         path = reader.source.folder / reader.source.file_of[step.sources[0]]
         raise CheckpointError(f"{path}: tensor {step.sources[0]} {error}") from error
     for spec, output in zip(step.outputs, outputs, strict=True):
         _write(file, output.contiguous().view(torch.uint8).numpy().reshape(-1), begins[spec.name])
-    if not isinstance(recipe, Quantize):
+    if not isinstance(operation, Quantize):
         return None
     error = QuantizationError()
-    error.add(sources[0], *outputs, recipe.block)
+    error.add(sources[0], *outputs, operation.block)
     return error
 
 

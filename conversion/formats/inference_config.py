@@ -177,7 +177,7 @@ def _rope_args(config: DeepseekMoeConfig) -> dict[str, Any]:
 
 
 def read_model_args(args: dict[str, Any], path: Path) -> dict[str, Any]:
-    """All ModelArgs fields that the JSON `args` of file `path` gives or leaves at their default.
+    """The ModelArgs of the JSON `args` of file `path`: every field, at its default where the JSON leaves it out.
 
     Raises:
         CheckpointError: a field that ModelArgs does not have, or a value that it cannot take.
@@ -210,7 +210,7 @@ def config_json_of(
     """A `config.json` for a model of which only ModelArgs are known.
 
     Args:
-        args: from `read_model_args`.
+        args: ModelArgs as `read_model_args` gives them.
         has_bias: whether there are routing biases.
         mtp_layers: how many MTP modules lie beside it.
         dtype: torch's name for that of the plain weights.

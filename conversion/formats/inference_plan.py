@@ -5,7 +5,7 @@ import dataclasses
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import TensorEntry
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_mtp_tensor, is_redundant
-from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
@@ -21,7 +21,7 @@ def cut(plan: Plan, mp: int) -> Plan:
     """The plan of the same tensors in the files of `mp` ranks.
 
     Args:
-        plan: to write the tensors under their published names; its config is kept beside the ModelArgs.
+        plan: one that writes the tensors under their published names; its config is kept beside the ModelArgs.
         mp: how many ranks.
 
     Raises:
@@ -32,10 +32,10 @@ def cut(plan: Plan, mp: int) -> Plan:
     is_fp8 = _is_fp8(plan, steps)
     scale_fmt = (plan.config_json.get("quantization_config") or {}).get("scale_fmt")
     args = model_args(config, "fp8" if is_fp8 else "bf16", scale_fmt)
-    if is_fp8 and source.block != BLOCK:
+    if is_fp8 and source.block != FP8_BLOCK:
         raise CheckpointError(
-            f"weight_block_size={list(source.block)} cannot be expressed as {INFERENCE}: it is always {list(BLOCK)} "
-            "there"
+            f"weight_block_size={list(source.block)} cannot be expressed as {INFERENCE}: it is always "
+            f"{list(FP8_BLOCK)} there"
         )
     for field in ("num_attention_heads", "n_routed_experts"):
         if getattr(config, field) % mp:
@@ -81,8 +81,8 @@ def joined(plan: Plan) -> Plan:
     def of_ranks(step: Step) -> Step:
         parts = tuple(pieces[name] for name in step.sources)
         names = tuple(name for part in parts for name in part.names)
-        recipe = step.recipe if len(names) == len(parts) else Joined(step.recipe, parts)
-        return Step(recipe, names, step.outputs)
+        operation = step.operation if len(names) == len(parts) else Joined(step.operation, parts)
+        return Step(operation, names, step.outputs)
 
     shards = (Shard(shard.file, tuple(map(of_ranks, shard.steps))) for shard in plan.shards)
     return dataclasses.replace(plan, source=ranks, shards=tuple(shards), notes=(*plan.source.notes, *plan.notes))
@@ -105,7 +105,7 @@ def _is_fp8(plan: Plan, steps: list[Step]) -> bool:
 
 def _renamed(step: Step) -> Step:
     (spec,) = step.outputs
-    return Step(step.recipe, step.sources, (dataclasses.replace(spec, name=inference_name(spec.name)),))
+    return Step(step.operation, step.sources, (dataclasses.replace(spec, name=inference_name(spec.name)),))
 
 
 def _slices_of(plan: Plan, step: Step, mp: int, slices: dict[str, TensorEntry]) -> list[Step]:
@@ -125,8 +125,8 @@ def _slices_of(plan: Plan, step: Step, mp: int, slices: dict[str, TensorEntry]) 
         )
     shape = tuple(size // mp if i == dim else length for i, length in enumerate(spec.shape))
     outputs = (TensorSpec(inference_name(spec.name), spec.dtype, shape),)
-    if not isinstance(step.recipe, Copy) or dim or isinstance(source, JoinedCheckpoint):
-        return [Step(Sliced(step.recipe, dim, rank, mp), step.sources, outputs) for rank in range(mp)]
+    if not isinstance(step.operation, Copy) or dim or isinstance(source, JoinedCheckpoint):
+        return [Step(Sliced(step.operation, dim, rank, mp), step.sources, outputs) for rank in range(mp)]
     name, steps = step.sources[0], []
     whole, length = source.entries[name], outputs[0].size
     for rank in range(mp):

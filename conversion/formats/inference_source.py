@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, INDEX_NAME, SINGLE_NAME, TensorEntry, read_entries
-from modeling_deepseek_moe.fp8_blocks import BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 from ..engine.slices import Pieces
 from ..engine.source import (
@@ -82,7 +82,7 @@ def open_ranks(folder: str | os.PathLike, with_published_config: bool = True) ->
     """Reads ModelArgs and headers of a folder of ranks, and checks that together they are one whole, sound checkpoint.
 
     Args:
-        folder: where they are.
+        folder: the folder of the ranks' files.
         with_published_config: whether to take the `config.json` that may lie beside them, or the ModelArgs alone.
 
     Raises:
@@ -109,15 +109,15 @@ def open_ranks(folder: str | os.PathLike, with_published_config: bool = True) ->
         raise CheckpointError(f"{path}: {error}") from error
     if with_published_config:
         check_agreement(args, config, args_path, CONFIG_NAME)
-    check_against_config(folder, config, {name: pieces[name].files[0] for name in pieces}, whole, BLOCK)
+    check_against_config(folder, config, {name: pieces[name].files[0] for name in pieces}, whole, FP8_BLOCK)
     _check_precision(args_path, args, whole)
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
     others = [name for name in others if name != ARGS_NAME]
     check_links(folder, others)
-    ranks = RankFiles(folder, config_json, file_of, entries, config, BLOCK, others)
+    ranks = RankFiles(folder, config_json, file_of, entries, config, FP8_BLOCK, others)
     whole = {name: whole[name] for name in sorted(whole, key=_layer_order)}
     joined = JoinedCheckpoint(
-        folder, config_json, _written_files(whole), whole, config, BLOCK, others, ranks, pieces, tuple(notes)
+        folder, config_json, _written_files(whole), whole, config, FP8_BLOCK, others, ranks, pieces, tuple(notes)
     )
     if joined.lost_mtp_layers:
         lost = f"no {MTP_NAME}: the MTP modules that {CONFIG_NAME} announces are left out"
@@ -203,9 +203,10 @@ def _pieces(folder: Path, name: str, found: list[Part], files: list[str], args: 
     dim = sliced_dim(name)
     if dim is not None and len(entries[0].shape) != 2:
         raise CheckpointError(f"{here()} is {list(entries[0].shape)}, which is no matrix")
-    if dim is not None and mp > 1 and entries[0].dtype == FP8_DTYPE and entries[0].shape[dim] % BLOCK[dim]:
+    if dim is not None and mp > 1 and entries[0].dtype == FP8_DTYPE and entries[0].shape[dim] % FP8_BLOCK[dim]:
         raise CheckpointError(
-            f"{here()} {list(entries[0].shape)} ends within an FP8 block of {BLOCK[dim]}; its scales cannot be joined"
+            f"{here()} {list(entries[0].shape)} ends within an FP8 block of {FP8_BLOCK[dim]}; its scales cannot be "
+            "joined"
         )
     return Pieces(keys, dim, in_files)
 
@@ -221,8 +222,8 @@ def _whole_entry(entry: TensorEntry, pieces: Pieces) -> TensorEntry:
 
 def _published_config(folder: Path) -> dict[str, Any]:
     config_json = read_config(folder)
-    if read_block(folder / CONFIG_NAME, config_json) != BLOCK:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: weight_block_size is not {list(BLOCK)}")
+    if read_block(folder / CONFIG_NAME, config_json) != FP8_BLOCK:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: weight_block_size is not {list(FP8_BLOCK)}")
     return config_json
 
 
@@ -239,7 +240,7 @@ def _config_of_args(folder: Path, args: dict[str, Any], whole: dict[str, TensorE
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": list(BLOCK),
+            "weight_block_size": list(FP8_BLOCK),
             **({"scale_fmt": args["scale_fmt"]} if args["scale_fmt"] else {}),
         }
     origin = _GENERATION_NAME if len(ids) == 2 else f"what {config_json['model_type']} models have"

@@ -53,7 +53,7 @@ class NativeModel:
     """One of DeepSeek's own model types.
 
     Attributes:
-        model_type: as in `config.json`.
+        model_type: what `config.json` calls it.
         architecture: the class named there.
         fields: what is written.
         fixed: fields with the only values that the model can have.

@@ -1,6 +1,6 @@
 """The formats that `convert` writes: which weights are FP8, which type the others have, and the config beside them.
 
-A format with names of its own makes its `Plan` from steps and recipes in the same way; the worker knows no format.
+A format with names of its own makes its `Plan` from steps and operations in the same way; the worker knows no format.
 """
 
 import os
@@ -33,7 +33,7 @@ class Format:
     Attributes:
         summary: one line for the command's help.
         fp8: whether attention and MLP weights are FP8 blocks; None leaves them as they are.
-        dtype: of the other weights; None leaves each as it is.
+        dtype: type of the other weights; None leaves each as it is.
         config_json: the new `config.json`, without dtype and quantization, which the plan adds.
         keeps_code: whether the source's own Python files still belong to the result.
     """
@@ -74,7 +74,7 @@ def open_checkpoint(folder: str | os.PathLike, source_format: str | None = None)
     """A checkpoint to convert, in either of the two layouts that are read.
 
     Args:
-        folder: where it is.
+        folder: the checkpoint's folder.
         source_format: "deepseek-inference"; by default that if the folder has files of ranks and nothing else, and
             safetensors under published names otherwise.
 

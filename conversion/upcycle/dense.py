@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, TensorEntry
-from modeling_deepseek_moe.fp8_blocks import BLOCK
+from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK
 
 from ..engine.source import (
     CONFIG_NAME,
@@ -150,7 +150,7 @@ def open_dense(folder: str | os.PathLike) -> SourceCheckpoint:
     files = weight_files(folder)
     check_links(folder, files)
     file_of, entries = read_headers(folder, files)
-    check_against_config(folder, config, file_of, {**entries, **_zero_biases(config_json, config)}, BLOCK)
+    check_against_config(folder, config, file_of, {**entries, **_zero_biases(config_json, config)}, FP8_BLOCK)
     for name, entry in entries.items():
         if entry.dtype == FP8_DTYPE:
             raise CheckpointError(f"{folder / file_of[name]}: tensor {name} is {FP8_DTYPE}; give plain weights")
@@ -162,7 +162,7 @@ def open_dense(folder: str | os.PathLike) -> SourceCheckpoint:
         file_of=file_of,
         entries=entries,
         config=config,
-        block=BLOCK,
+        block=FP8_BLOCK,
         other_files=others,
     )
 

@@ -21,7 +21,7 @@ from .dense import ZERO_BIAS
 from .neurons import group_neurons, router_rows
 
 UPCYCLE = "upcycle"
-# Of the router's logits. Weights are off 1 by as much, and float32 tells scores apart that differ by 1e-7.
+# Size of the router's logits. Weights are off 1 by as much, and float32 tells scores apart that differ by 1e-7.
 _SPREAD = 1e-6
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _KEPT_FIELDS = (
@@ -73,7 +73,7 @@ class UpcycleOptions:
 
 @dataclass(frozen=True)
 class SplitFeedForward:
-    """Gate, up and down projection of a layer and the norm in front of it to the router and its experts.
+    """Makes a router and its experts of a layer's gate, up and down projection and the norm in front of it.
 
     Outputs: the router, then gate, up and down projection of the shared experts, if any, and of each routed expert.
     """
@@ -115,7 +115,7 @@ class SplitFeedForward:
 
 @dataclass(frozen=True)
 class WithZeroBias:
-    """A weight as it is, and a bias of zeros for it."""
+    """Casts a weight, and adds a bias of zeros for it."""
 
     dtype: torch.dtype
 
@@ -132,7 +132,7 @@ def plan_upcycle(source: SourceCheckpoint, options: UpcycleOptions, dtype: torch
     Args:
         source: what `open_dense` gives.
         options: how the feed-forwards are cut.
-        dtype: of all weights; by default each keeps its own.
+        dtype: type of all weights; by default each keeps its own.
 
     Raises:
         CheckpointError: the model cannot be cut that way; names field or tensor, and what would work.
@@ -236,9 +236,9 @@ def _split(source, layer, options, config, shapes, dtype) -> Step:
     names = [f"{layer}.mlp.gate.weight"]
     names += [f"{layer}.{module}.{projection}.weight" for module in modules for projection in _PROJECTIONS]
     width = config.moe_intermediate_size
-    recipe = SplitFeedForward(options.shared_experts * width, options.experts, width, wanted)
+    operation = SplitFeedForward(options.shared_experts * width, options.experts, width, wanted)
     specs = tuple(TensorSpec(name, wanted, shapes[name]) for name in names)
-    return Step(recipe, (*sources, f"{layer}.post_attention_layernorm.weight"), specs)
+    return Step(operation, (*sources, f"{layer}.post_attention_layernorm.weight"), specs)
 
 
 def _neurons(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""A row as pieces of text, learned or not, and their token ids and labels (`data.py` says which rows there are)."""
+"""A row as pieces of text, learned or not, and their token ids and labels (`rows.py` says which rows there are)."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from .report import CUT_AWAY, TOO_LONG, RowError
 
 IGNORED = -100
-_MARK = "\ue000"  # of Unicode's private use area: in no text
+_MARK = "\ue000"  # a character of Unicode's private use area: in no text
 
 
 def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
@@ -22,7 +22,7 @@ def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tup
 
 
 def encode_whole(row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """As `encode`, however long."""
+    """Token ids and labels of one row, however long; errors are those of `encode`."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids, labels, last = [], [], None
     for text, learned in _pieces(row, tokenizer):
@@ -71,10 +71,12 @@ def encode_fitting(
 
 
 def too_long(length: int, max_length: int) -> RowError:
+    """The error of a row of `length` tokens."""
     return RowError(f"the row has {length} tokens, more than max_length={max_length}", TOO_LONG)
 
 
 def cut_away(max_length: int) -> RowError:
+    """The error of a row of which the cut leaves nothing to learn."""
     return RowError(f"cut to max_length={max_length}, the row has nothing left to learn", CUT_AWAY)
 
 

@@ -51,7 +51,7 @@ def encode_preference(
 
 
 def _as_learned(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each side a row of `data.py` that learns its answer and nothing else."""
+    """Two rows as `rows.py` reads them, each of which learns one side's answer and nothing else."""
     prompt = row.get("prompt")
     if isinstance(prompt, str) and all(isinstance(row.get(side), str) for side in _SIDES):
         for side in _SIDES:

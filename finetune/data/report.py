@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 
 REPORT = "data_report.json"
@@ -20,7 +20,7 @@ TOO_LONG, CUT_AWAY = "longer than max_length", "nothing to learn is left after t
 _SHOWN = 5
 
 
-class RowError(RecipeError):
+class RowError(UserError):
     """A row that cannot be learned from; `reason` says why in a few words, the same for every row of its kind."""
 
     def __init__(self, message: str, reason: str):
@@ -36,7 +36,7 @@ class RowReport:
         source: file or Hub name.
         read, kept: rows; a row that was split counts once.
         cut, split: rows longer than the context, of those kept.
-        tokens, learned_tokens: in the rows kept, after the cut.
+        tokens, learned_tokens: how many are in the rows kept, after the cut.
         left_out: reason -> number of `rows`, where the `first` of them are, and the `message` of the first.
         complete: whether the source was read to its end.
     """
@@ -52,6 +52,7 @@ class RowReport:
     complete: bool = False
 
     def leave_out(self, where: str, error: RowError) -> None:
+        """Counts a row that is not used."""
         entry = self.left_out.setdefault(error.reason, {"rows": 0, "first": [], "message": str(error)})
         entry["rows"] += 1
         if len(entry["first"]) < _SHOWN:
@@ -63,7 +64,7 @@ class RowReport:
             setattr(self, item.name, getattr(other, item.name))
 
     def show(self) -> None:
-        """A table of what was cut and left out; nothing if every row was used as it is."""
+        """Prints a table of what was cut and left out; nothing if every row was used as it is."""
         if not (self.cut or self.split or self.left_out):
             return
         table = Table(

@@ -12,7 +12,7 @@ part is tokenized apart from what precedes it, so the model sees the prompt's to
 An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
 leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
 
-Rows of preferences, for the `dpo` section, are in `preference_rows.py`.
+Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 
 import copy
@@ -37,7 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
@@ -98,14 +98,14 @@ def load_data(
 
     Args:
         source: path of a JSONL file, else the Hub name of a data set.
-        split: of the Hub data set.
+        split: which split of a Hub data set.
         tokenizer: needs a chat template where rows have `messages`.
         max_length: longer rows are cut; a row with nothing to learn in what is left is left out, as a table says.
-        cache_dir: where the tokenized rows are kept, for the next call with the same arguments.
+        cache_dir: folder in which the tokenized rows are kept for the next call with the same arguments.
         rules: `long_rows` and `bad_rows` as in `Recipe`, "cut" and "stop" by default.
 
     Raises:
-        RecipeError: no such file or data set, no rows; or a row that ends the reading by these rules, with its line.
+        UserError: no such file or data set, no rows; or a row that ends the reading by these rules, with its line.
     """
     data, report = _load(source, split, Reading(tokenizer, max_length, **rules), cache_dir)
     report.show()
@@ -195,7 +195,7 @@ def _load(
             fingerprint=name,
         )
     except DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, RecipeError) else error) from None
+        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
     return data, RowReport(**json.loads(kept_report.read_text(encoding="utf-8")))
 
 
@@ -236,9 +236,9 @@ def _token_rows(
             encoded, made = _ENCODERS[reading.kind](row, reading.tokenizer, reading.max_length, reading.long_rows)
         except RowError as error:
             if error.reason == TOO_LONG and reading.long_rows == "stop":
-                raise RecipeError(f"{report.source}, {where}: {error}; `long_rows: cut` or `skip` goes on") from error
+                raise UserError(f"{report.source}, {where}: {error}; `long_rows: cut` or `skip` goes on") from error
             if error.reason not in (TOO_LONG, CUT_AWAY) and reading.bad_rows == "stop":
-                raise RecipeError(f"{report.source}, {where}: {error} (`bad_rows: skip` goes on without)") from error
+                raise UserError(f"{report.source}, {where}: {error} (`bad_rows: skip` goes on without)") from error
             report.leave_out(where, error)
             continue
         report.kept += 1
@@ -252,4 +252,4 @@ def _token_rows(
     report.complete = True
     if not report.kept:
         report.show()
-        raise RecipeError(f"data {report.source!r} has no rows to learn from (max_length={reading.max_length})")
+        raise UserError(f"data {report.source!r} has no rows to learn from (max_length={reading.max_length})")

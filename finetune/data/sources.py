@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import file_digest
 from .report import RowError
 
@@ -19,7 +19,7 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
 
     Args:
         source: path of a JSONL file, else the Hub name of a data set.
-        split: of the Hub data set.
+        split: which split of a Hub data set.
         streaming: read a Hub data set row by row instead of downloading it first.
 
     Returns:
@@ -27,18 +27,18 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
         as a `RowError`. And a string that changes with the rows; empty for a stream of the Hub.
 
     Raises:
-        RecipeError: there is no such file or data set.
+        UserError: there is no such file or data set.
     """
     path = Path(source)
     if path.is_file():
         return lambda: _jsonl_rows(path), "" if streaming else file_digest(path)
     if path.exists() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
         reason = "is a folder, not a JSONL file" if path.is_dir() else "does not exist"
-        raise RecipeError(f"data {source!r} {reason}: give the path of a JSONL file or the Hub name of a data set")
+        raise UserError(f"data {source!r} {reason}: give the path of a JSONL file or the Hub name of a data set")
     try:
         data = datasets.load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(f"cannot load data {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load data {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
     return lambda: ((f"row {number}", row) for number, row in enumerate(data)), "" if streaming else data._fingerprint
 
 

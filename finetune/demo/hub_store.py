@@ -5,7 +5,7 @@
     root/repos/<type>s/<user>/<name>/<commit>.json     parent, title, private, files: path -> entry
 
 An entry holds sha256, size, git's object id and, for a file that came by git-LFS, the size of its pointer. Files are
-written aside and renamed, so a killed server leaves no half commit.
+written under another name and renamed, so a killed server leaves no half commit.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ class HubError(Exception):
 
 
 def bad_request(message: str) -> HubError:
+    """The answer to a request that cannot be understood."""
     return HubError(HTTPStatus.BAD_REQUEST, "BadRequest", message)
 
 
@@ -44,9 +45,9 @@ def safe_path(path: str) -> str:
 
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def _git_oid(content: bytes) -> str:
@@ -61,27 +62,28 @@ class Blobs:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
+        """Where the blob of this digest is, if it is there."""
         if not _SHA256.fullmatch(sha256):
             raise bad_request(f"{sha256!r} is not a SHA-256")
         return self.folder / sha256
 
     def add_stream(self, sha256: str, pieces: Iterable[bytes]) -> None:
-        """Keep the pieces as `sha256`, unless they are something else."""
+        """Stores the pieces as the blob `sha256`; a bad request if that is not their digest."""
         blob, digest = self.path(sha256), hashlib.sha256()
-        aside = blob.with_name(f"{sha256}.{secrets.token_hex(4)}.tmp")
+        unfinished = blob.with_name(f"{sha256}.{secrets.token_hex(4)}.tmp")
         try:
-            with aside.open("wb") as file:
+            with unfinished.open("wb") as file:
                 for piece in pieces:
                     digest.update(piece)
                     file.write(piece)
             if digest.hexdigest() != sha256:
                 raise bad_request(f"the bytes sent are not those of {sha256}")
-            os.replace(aside, blob)
+            os.replace(unfinished, blob)
         finally:
-            aside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     def add(self, content: bytes) -> dict[str, Any]:
-        """Keep a regular file; returns its entry."""
+        """Stores a regular file, and returns its entry."""
         sha256 = hashlib.sha256(content).hexdigest()
         _replace(self.path(sha256), content)
         return {"sha256": sha256, "size": len(content), "oid": _git_oid(content), "pointer": None}
@@ -106,6 +108,7 @@ class Repo:
         self.kind, self.repo_id, self.folder = kind, repo_id, root / "repos" / f"{kind}s" / user / name
 
     def exists(self) -> bool:
+        """Whether it has a commit."""
         return (self.folder / "main").is_file()
 
     def commit(self, files: dict[str, Any], private: bool, parent: str | None, title: str) -> str:

@@ -33,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: "_Server"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: request lines do not belong in a training log."""
+        """Says nothing: request lines do not belong in a training log."""
 
     def serve(self) -> None:
         url = urlsplit(self.path)
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def put_blob(self, sha256: str) -> None:
-        """As on the Hub, the address handed out by the batch call is itself the permission to write."""
+        """Takes a large file; the address handed out by the batch call is itself the permission, as on the Hub."""
         self.server.blobs.add_stream(sha256, self.body)
         self.answer({})
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 from modeling_deepseek_moe.expert_lora import load_adapter
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..hub import upload as publish
 from ..hub.push import push_run
 from ..model.lora import known_warnings
@@ -59,10 +59,10 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
         `reloaded`, `pulled`, each a dict of `score` and `right`), `seconds`, and where things are.
 
     Raises:
-        RecipeError: no token, the Hub refuses, or a model that was loaded back does not answer as it did before.
+        UserError: no token, the Hub refuses, or a model that was loaded back does not answer as it did before.
     """
     if hub_id and get_token() is None:
-        raise RecipeError(f"no token to write to {hub_id!r}: run `hf auth login`, or leave it out for a local Hub")
+        raise UserError(f"no token to write to {hub_id!r}: run `hf auth login`, or leave it out for a local Hub")
     started = time.monotonic()
     console = Console()
     folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="deepseek-moe-demo-"))
@@ -126,23 +126,23 @@ def ask_by_name(name: str, environment: dict[str, str], report: Path) -> tuple[l
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise RecipeError(f"loading {name} from the Hub in a new process failed: {reason}")
+        raise UserError(f"loading {name} from the Hub in a new process failed: {reason}")
     with safe_open(report, "pt") as file:
         return json.loads(file.metadata()["answers"]), file.get_tensor("logits")
 
 
 def check_same(what: str, scores: dict[str, Scores], key: str, logits: torch.Tensor, others: torch.Tensor) -> None:
-    """Raise a RecipeError if a loaded model scores or computes otherwise than the fine-tuned one."""
+    """Raise a UserError if a loaded model scores or computes otherwise than the fine-tuned one."""
     difference = float((logits - others).abs().max())
     if scores[key].mean != scores["after"].mean or difference > SAME_LOGITS:
-        raise RecipeError(
+        raise UserError(
             f"{what} is not the model that was trained: score {scores[key].mean:.3f} instead of "
             f"{scores['after'].mean:.3f}, logits differ by up to {difference:.2g}"
         )
 
 
 def report(console: Console, items: list[dict[str, Any]], scores: dict[str, Scores], summary: dict[str, Any]) -> None:
-    """The closing tables: scores, some answers, and where everything is."""
+    """Prints the closing tables: scores, some answers, and where everything is."""
     names = {
         "baseline": "best constant answer",
         "before": "base, before",

@@ -62,7 +62,7 @@ def _new_items(seed: int, seen: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def training_row(item: dict[str, Any]) -> dict[str, str]:
-    """An item as a row that `data.py` reads."""
+    """An item as a row that fine-tuning reads."""
     return {"prompt": as_prompt(item["question"]), "completion": item["answer"]}
 
 

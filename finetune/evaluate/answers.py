@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import IGNORED, encode_whole
 from ..data.sources import open_rows
-from ..errors import RecipeError
+from ..errors import UserError
 from ..progress import counting_bar
 
-_MARK = "\ue000"  # of Unicode's private use area: in no text
+_MARK = "\ue000"  # a character of Unicode's private use area: in no text
 
 
 class Question(NamedTuple):
@@ -45,11 +45,11 @@ def questions_of(source: str, split: str, tokenizer: PreTrainedTokenizerBase, li
     """The questions of a JSONL file or a Hub data set.
 
     Args:
-        split: of the Hub data set.
-        limit: of at most so many rows, evenly spread; None for all.
+        split: which split of a Hub data set.
+        limit: the most rows to take, evenly spread; None for all.
 
     Raises:
-        RecipeError: no such data, a row that cannot be read (with its line), or rows that ask nothing.
+        UserError: no such data, a row that cannot be read (with its line), or rows that ask nothing.
     """
     rows = list(open_rows(source, split)[0]())
     if limit is not None and limit < len(rows):
@@ -57,19 +57,19 @@ def questions_of(source: str, split: str, tokenizer: PreTrainedTokenizerBase, li
     questions = []
     for where, row in rows:
         try:
-            if isinstance(row, RecipeError):
+            if isinstance(row, UserError):
                 raise row
             question = question_of(*encode_whole(row, tokenizer), tokenizer.bos_token_id)
-        except RecipeError as error:
-            raise RecipeError(f"{source}, {where}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{source}, {where}: {error}") from error
         if question is None:
-            raise RecipeError(
+            raise UserError(
                 f"{source}, {where}: the row has an answer but no question: give `messages`, or `prompt` and "
                 "`completion`; the perplexity of plain text is --text"
             )
         questions.append(question)
     if not questions:
-        raise RecipeError(f"data {source!r} has no rows")
+        raise UserError(f"data {source!r} has no rows")
     return questions
 
 
@@ -111,19 +111,19 @@ def generate_answers(
 
     Args:
         questions: the longest are asked first, so what does not fit into memory shows at once.
-        max_new_tokens: of an answer; by default twice the tokens of the longest reference, and 16 at least.
+        max_new_tokens: the most tokens of an answer; by default twice those of the longest reference, and 16 at least.
         batch_size: questions in one batch, padded on the left.
-        title: of the progress bar.
+        title: what the progress bar is called.
 
     Raises:
-        RecipeError: a question is longer than the model's context, or a batch does not fit into memory.
+        UserError: a question is longer than the model's context, or a batch does not fit into memory.
     """
     if max_new_tokens is None:
         max_new_tokens = max(16, 2 * max((len(question.reference) for question in questions), default=0))
     context = model.config.max_position_embeddings
     order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt))
     if order and (longest := len(questions[order[0]].prompt)) >= context:
-        raise RecipeError(
+        raise UserError(
             f"question {order[0] + 1} has {longest} tokens, which leaves no room for an answer in the model's context "
             f"of {context}: leave such rows out"
         )
@@ -160,7 +160,7 @@ def generate_answers(
                     answers[number] = text_of(row[:end], tokenizer)
                 progress.advance(task, len(batch))
     except torch.OutOfMemoryError as error:
-        raise RecipeError(f"{batch_size} questions at once do not fit into memory: lower the batch size") from error
+        raise UserError(f"{batch_size} questions at once do not fit into memory: lower the batch size") from error
     finally:
         model.train(was_training)
     return answers

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..model.use import load_for_use
 from .conversation import Conversation
@@ -49,14 +49,14 @@ def chat(
         model: local folder or Hub name.
         adapter: folder or Hub name of an adapter to put on the model.
         system: the system message.
-        max_new_tokens: of an answer.
-        temperature, top_p: of sampling; by default the model's own, else 0.6 and 0.95.
-        seed: of sampling; None for another conversation each time.
+        max_new_tokens: the most tokens of an answer.
+        temperature, top_p: how answers are sampled; by default the model's own, else 0.6 and 0.95.
+        seed: of the sampling's random numbers; None for another conversation each time.
         greedy: take the likeliest token instead.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Raises:
-        RecipeError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
+        UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
     """
     sampling = _sampling(max_new_tokens, temperature, top_p, greedy)
     network, tokenizer = load_for_use(model, dtype, adapter)
@@ -72,13 +72,13 @@ def chat(
 
 def _sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, greedy: bool) -> dict[str, Any]:
     if max_new_tokens < 1:
-        raise RecipeError(f"--max-new-tokens is {max_new_tokens}: an answer has 1 at least")
+        raise UserError(f"--max-new-tokens is {max_new_tokens}: an answer has 1 at least")
     if greedy and (temperature is not None or top_p is not None):
-        raise RecipeError("--greedy takes the likeliest token: leave --temperature and --top-p out")
+        raise UserError("--greedy takes the likeliest token: leave --temperature and --top-p out")
     if temperature is not None and not temperature > 0:
-        raise RecipeError(f"--temperature is {temperature}: it is above 0; for the likeliest token use --greedy")
+        raise UserError(f"--temperature is {temperature}: it is above 0; for the likeliest token use --greedy")
     if top_p is not None and not 0 < top_p <= 1:
-        raise RecipeError(f"--top-p is {top_p}: it is a share above 0, and 1 at most")
+        raise UserError(f"--top-p is {top_p}: it is a share above 0, and 1 at most")
     return {"do_sample": not greedy}
 
 
@@ -104,7 +104,7 @@ class _Terminal:
                         return
                 else:
                     self._answer(line)
-            except RecipeError as error:
+            except UserError as error:
                 self._console.print(Text(str(error), style="bold red"))
             except KeyboardInterrupt:
                 if not self._is_terminal:
@@ -138,7 +138,7 @@ class _Terminal:
         elif command in ("/undo", "/retry"):
             question = conversation.undo()
             if question is None:
-                raise RecipeError(f"{command}: nothing was asked yet")
+                raise UserError(f"{command}: nothing was asked yet")
             if command == "/undo":
                 self._note(f"took back: {question}")
             else:
@@ -148,7 +148,7 @@ class _Terminal:
         elif command == "/help":
             self._note("\n".join(f"{name:12}{meaning}" for name, meaning in COMMANDS.items()))
         else:
-            raise RecipeError(f"{command} is not a command: {', '.join(COMMANDS)}")
+            raise UserError(f"{command} is not a command: {', '.join(COMMANDS)}")
         return True
 
     def _answer(self, question: str) -> None:
@@ -168,16 +168,16 @@ class _Terminal:
     def _save(self, name: str) -> None:
         path = Path(name.strip()).expanduser()
         if not name.strip():
-            raise RecipeError("/save needs the name of a file")
+            raise UserError("/save needs the name of a file")
         if path.exists():
-            raise RecipeError(f"{path} exists: name another file")
+            raise UserError(f"{path} exists: name another file")
         if not any(message["role"] == "assistant" for message in self._conversation.messages):
-            raise RecipeError("/save: nothing was said yet")
+            raise UserError("/save: nothing was said yet")
         row = {"messages": self._conversation.messages}
         try:
             write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise RecipeError(f"cannot write {path}: {error.strerror}") from error
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         self._note(f"saved to {path}")
 
     def _show(self, piece: str) -> None:

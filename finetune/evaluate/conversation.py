@@ -14,7 +14,7 @@ from transformers import (
 
 from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from .answers import stop_tokens, text_of
 
 
@@ -43,14 +43,14 @@ class Conversation:
         Args:
             model, tokenizer: the tokenizer has a chat template.
             system: the system message.
-            max_new_tokens: of an answer.
+            max_new_tokens: the most tokens of an answer.
             **sampling: options of `generate`: `do_sample`, `temperature`, `top_p`.
 
         Raises:
-            RecipeError: no chat template, or one that refuses the system message.
+            UserError: no chat template, or one that refuses the system message.
         """
         if not tokenizer.chat_template:
-            raise RecipeError(
+            raise UserError(
                 "the model's tokenizer has no chat template, so there is no telling how to talk to it: fine-tune it "
                 "on `messages` with a tokenizer that has one, or take a model that was trained to chat"
             )
@@ -73,7 +73,7 @@ class Conversation:
             stopped: asked after each token whether to leave it at that.
 
         Raises:
-            RecipeError: the template refuses the message, or the history no longer fits into the model's context; the
+            UserError: the template refuses the message, or the history no longer fits into the model's context; the
                 history is as it was before.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -101,13 +101,13 @@ class Conversation:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of its own and can fail in any way
-            raise RecipeError(f"the chat template refuses this: {first_line(error)}") from error
+            raise UserError(f"the chat template refuses this: {first_line(error)}") from error
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _generate(self, prompt: list[int], show: Callable[[str], None], stopped: Callable[[], bool]) -> str:
         room = self.context - len(prompt)
         if room < 1:
-            raise RecipeError(
+            raise UserError(
                 f"the conversation has {len(prompt)} tokens, and the model's context is {self.context}: "
                 "say less, take something back, or begin anew"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RecipeError, first_line, nearest
+from ..errors import UserError, first_line, nearest
 
 
 def load_tasks(names: Iterable[str]) -> tuple[Any, list[str]]:
@@ -19,25 +19,25 @@ def load_tasks(names: Iterable[str]) -> tuple[Any, list[str]]:
         names: names of tasks, groups or tags of the harness, or paths of task files (YAML).
 
     Raises:
-        RecipeError: no task is named, one is unknown, or `lm_eval` is not installed.
+        UserError: no task is named, one is unknown, or `lm_eval` is not installed.
     """
     names = [name for name in names if name]
     if not names:
-        raise RecipeError("no task is named: --tasks takes names of the LM Evaluation Harness or paths of task files")
+        raise UserError("no task is named: --tasks takes names of the LM Evaluation Harness or paths of task files")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RecipeError("--tasks needs the LM Evaluation Harness: pip install 'deepseek-moe[evaluate]'") from error
+        raise UserError("--tasks needs the LM Evaluation Harness: pip install 'deepseek-moe[evaluate]'") from error
     _quiet()
     files = {name for name in names if Path(name).suffix in (".yaml", ".yml")}
     for name in sorted(files):
         if not Path(name).expanduser().is_file():
-            raise RecipeError(f"task file {name} does not exist")
+            raise UserError(f"task file {name} does not exist")
     # Reading the harness' own tasks takes a while.
     manager = TaskManager(include_defaults=files != set(names))
     for name in names:
         if name not in files and name not in manager.task_index:
-            raise RecipeError(f"unknown task {name!r}: did you mean {nearest(name, manager.all_tasks)!r}?")
+            raise UserError(f"unknown task {name!r}: did you mean {nearest(name, manager.all_tasks)!r}?")
     return manager, [os.fspath(Path(name).expanduser()) if name in files else name for name in names]
 
 
@@ -56,12 +56,12 @@ def run_tasks(
     Every prompt begins with BOS exactly once, if the tokenizer has BOS, whatever its own settings say.
 
     Args:
-        manager, names: from `load_tasks`.
-        limit: at most so many documents of each task.
+        manager, names: what `load_tasks` gives.
+        limit: the most documents of each task.
         chat_template: put each prompt through the tokenizer's chat template.
 
     Raises:
-        RecipeError: a task cannot be loaded or run.
+        UserError: a task cannot be loaded or run.
     """
     from lm_eval import simple_evaluate
 
@@ -80,7 +80,7 @@ def run_tasks(
             bootstrap_iters=1000,
         )
     except Exception as error:  # tasks bring data, templates and code of their own
-        raise RecipeError(f"tasks {', '.join(names)} failed: {first_line(error)}") from error
+        raise UserError(f"tasks {', '.join(names)} failed: {first_line(error)}") from error
     scores = {}
     for task, results in found["results"].items():
         for name, value in results.items():

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
@@ -36,7 +36,7 @@ from .perplexity import read_text, score_text
 REPORT, ANSWERS = "evaluation.json", "answers.jsonl"
 
 
-class _Plan(NamedTuple):
+class _Request(NamedTuple):
     """What is measured on each model."""
 
     tasks: tuple[Any, list[str]] | None
@@ -83,36 +83,36 @@ def evaluate_model(
         tasks: names of the LM Evaluation Harness' tasks, or paths of task files.
         chat_template: ask the tasks' questions through the tokenizer's chat template.
         text: file whose perplexity is measured; `perplexity.py` says how.
-        window, stride: of that, in tokens.
+        window, stride: tokens that the model sees of it at a time, and by how many the window moves on.
         data: JSONL file or Hub data set with answers; `answers.py` says what is asked.
-        split: of a Hub data set.
-        metric: judges the answers; `metric_scripts.py` says what it can be. By default exact_match.
-        max_new_tokens: of an answer; by default twice the longest reference.
+        split: which split of a Hub data set.
+        metric: what judges the answers (`recipe/metrics.py`); by default exact_match.
+        max_new_tokens: the most tokens of an answer; by default twice the longest reference.
         before: a second model, to compare with.
-        limit: at most so many rows of `data`, evenly spread, and so many documents of each task.
+        limit: the most rows of `data`, evenly spread, and the most documents of each task.
         batch_size: questions or windows in one batch.
         output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Returns:
         What `evaluation.json` holds, see the module's docstring.
 
     Raises:
-        RecipeError: an argument, a model, the data or the metric cannot be used; one line says why.
+        UserError: an argument, a model, the data or the metric cannot be used; one line says why.
     """
     if metric is not None and data is None:
-        raise RecipeError("--metric judges answers to the rows of --data: name these as well")
+        raise UserError("--metric judges answers to the rows of --data: name these as well")
     if not (tasks is not None or text or data):
-        raise RecipeError("nothing to measure: name --tasks, --text or --data")
+        raise UserError("nothing to measure: name --tasks, --text or --data")
     for name, value in (("--limit", limit), ("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}: it is 1 at least")
+            raise UserError(f"{name} is {value}: it is 1 at least")
     metric = os.fspath(metric or "exact_match")
     if data is not None:
         find_metric(metric)
     with _folder(Path(output).expanduser()) as folder:
         tokenizer = _tokenizer(os.fspath(model))
-        plan = _Plan(
+        request = _Request(
             tasks=None if tasks is None else load_tasks(tasks),
             text=None if text is None else read_text(Path(text).expanduser()),
             window=window,
@@ -124,24 +124,24 @@ def evaluate_model(
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
         )
-        one, other = _measure_both(model, adapter, before, dtype, tokenizer, plan)
+        one, other = _measure_both(model, adapter, before, dtype, tokenizer, request)
         base = before if before is not None else model if adapter is not None else None
         report = {
             "model": os.fspath(model),
             "adapter": None if adapter is None else os.fspath(adapter),
             "base": None if base is None else os.fspath(base),
             "dtype": dtype,
-            "text": None if text is None else {"file": os.fspath(text), "bytes": len(plan.text.encode())},
+            "text": None if text is None else {"file": os.fspath(text), "bytes": len(request.text.encode())},
             "data": None
             if data is None
-            else {"source": os.fspath(data), "rows": len(plan.questions), "metric": metric},
+            else {"source": os.fspath(data), "rows": len(request.questions), "metric": metric},
             "tasks": tasks,
             "limit": limit,
             "before": None if one is None else one.scores,
             "after": other.scores,
         }
-        if plan.questions:
-            rows = _answer_rows(plan.questions, tokenizer, one, other)
+        if request.questions:
+            rows = _answer_rows(request.questions, tokenizer, one, other)
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(folder / ANSWERS, "".join(lines))
         write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -150,7 +150,7 @@ def evaluate_model(
 
 
 def print_scores(report: dict[str, Any], folder: Path) -> None:
-    """The table, and where the files are."""
+    """Prints the table of scores, and where the files are."""
     before, after = report["before"], report["after"]
     name = Path(report["model"]).name + (f" with {Path(report['adapter']).name}" if report["adapter"] else "")
     table = Table(title=Text(name))
@@ -174,40 +174,40 @@ def print_scores(report: dict[str, Any], folder: Path) -> None:
 
 
 def _measure_both(
-    model: Any, adapter: Any, before: Any, dtype: str, tokenizer: PreTrainedTokenizerBase, plan: _Plan
+    model: Any, adapter: Any, before: Any, dtype: str, tokenizer: PreTrainedTokenizerBase, request: _Request
 ) -> tuple[_Measured | None, _Measured]:
     """Before, None if there is but one model, and after; never are two models in memory."""
     one = None
     if before is not None:
         network, its_tokenizer = load_for_use(before, dtype)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise RecipeError(
+            raise UserError(
                 f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
                 "the same tokens: evaluate each by itself"
             )
-        one = _measure(network, tokenizer, plan, "before: ")
+        one = _measure(network, tokenizer, request, "before: ")
         del network
         gc.collect()
     network, _ = load_for_use(model, dtype)
     if adapter is not None:
         if before is None:
-            one = _measure(network, tokenizer, plan, "before: ")
+            one = _measure(network, tokenizer, request, "before: ")
         network = put_adapter(network, adapter).eval()
-    return one, _measure(network, tokenizer, plan, "after: " if one else "")
+    return one, _measure(network, tokenizer, request, "after: " if one else "")
 
 
-def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: _Plan, title: str) -> _Measured:
+def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: _Request, title: str) -> _Measured:
     scores, answers = {}, []
-    if plan.text is not None:
+    if request.text is not None:
         with counting_bar() as progress:
             task = progress.add_task(f"{title}windows", total=None)
             found = score_text(
                 model,
                 tokenizer,
-                plan.text,
-                window=plan.window,
-                stride=plan.stride,
-                batch_size=plan.batch_size,
+                request.text,
+                window=request.window,
+                stride=request.stride,
+                batch_size=request.batch_size,
                 show=lambda done, of: progress.update(task, completed=done, total=of),
             )
         scores |= {
@@ -215,27 +215,27 @@ def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: _
             "text perplexity": found.perplexity,
             "text bits_per_byte": found.bits_per_byte,
         }
-    if plan.questions:
+    if request.questions:
         answers = generate_answers(
             model,
             tokenizer,
-            plan.questions,
-            max_new_tokens=plan.max_new_tokens,
-            batch_size=plan.batch_size,
+            request.questions,
+            max_new_tokens=request.max_new_tokens,
+            batch_size=request.batch_size,
             title=f"{title}answers",
         )
-        references = [text_of(question.reference, tokenizer) for question in plan.questions]
-        scores |= {f"data {key}": value for key, value in score_answers(plan.metric, answers, references).items()}
-    if plan.tasks is not None:
-        manager, names = plan.tasks
+        references = [text_of(question.reference, tokenizer) for question in request.questions]
+        scores |= {f"data {key}": value for key, value in score_answers(request.metric, answers, references).items()}
+    if request.tasks is not None:
+        manager, names = request.tasks
         scores |= run_tasks(
             model,
             tokenizer,
             manager,
             names,
-            limit=plan.limit,
-            batch_size=plan.batch_size,
-            chat_template=plan.chat_template,
+            limit=request.limit,
+            batch_size=request.batch_size,
+            chat_template=request.chat_template,
         )
     return _Measured(scores, answers)
 
@@ -257,19 +257,19 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {model!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {model!r}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def _folder(folder: Path) -> Iterator[Path]:
     """The output folder; one that was made for nothing goes away again."""
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output folder {folder} is a file: name another")
+        raise UserError(f"output folder {folder} is a file: name another")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"cannot write to output folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to output folder {folder}: {error.strerror}") from error
     try:
         yield folder
     except BaseException:

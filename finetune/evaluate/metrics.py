@@ -10,7 +10,7 @@ import os
 import tempfile
 from typing import Any
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from ..recipe.metrics import find_metric
 
 
@@ -18,12 +18,12 @@ def score_answers(metric: str | os.PathLike[str], answers: list[str], references
     """What a metric says of answers: its numbers by name.
 
     Args:
-        metric: as in `find_metric`.
+        metric: path or name, as `find_metric` takes it.
         answers: what the model said.
         references: the right answers, as many.
 
     Raises:
-        RecipeError: the metric cannot be loaded, refuses the answers, or gives no number.
+        UserError: the metric cannot be loaded, refuses the answers, or gives no number.
     """
     import evaluate
 
@@ -33,10 +33,10 @@ def score_answers(metric: str | os.PathLike[str], answers: list[str], references
             scorer = evaluate.load(script, cache_dir=scratch, keep_in_memory=True)
             found = scorer.compute(predictions=answers, references=references)
         except Exception as error:  # a script is a program of its own and can fail in any way
-            raise RecipeError(f"metric {os.fspath(metric)!r} failed: {first_line(error)}") from error
+            raise UserError(f"metric {os.fspath(metric)!r} failed: {first_line(error)}") from error
     scores = {name: float(value) for name, value in (found or {}).items() if _is_number(value)}
     if not scores:
-        raise RecipeError(f"metric {os.fspath(metric)!r} gave no number: {str(found)[:80]}")
+        raise UserError(f"metric {os.fspath(metric)!r} gave no number: {str(found)[:80]}")
     return scores
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_deepseek_moe.chunked_loss import chunked_cross_entropy, is_plain_head
 
 from ..data.chat import IGNORED
-from ..errors import RecipeError
+from ..errors import UserError
 
 LONGEST_WINDOW = 2048
 _CHUNK_BYTES = 128 * 2**20  # of float32 logits
@@ -37,11 +37,12 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
+        """Perplexity of a token: e to the mean cross-entropy."""
         return math.exp(min(self.nats / self.tokens, 700.0))  # float64 ends at e^709
 
     @property
     def bits_per_byte(self) -> float:
+        """Mean cross-entropy of a byte in bits, which compares models of different vocabularies."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -49,15 +50,15 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        RecipeError: it cannot be read, is not UTF-8, or is empty.
+        UserError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
         text = path.read_bytes().decode()  # line ends stay as they are
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"cannot read text {path}: {reason}") from error
+        raise UserError(f"cannot read text {path}: {reason}") from error
     if not text:
-        raise RecipeError(f"text {path} is empty: there is nothing to measure")
+        raise UserError(f"text {path} is empty: there is nothing to measure")
     return text
 
 
@@ -75,23 +76,23 @@ def score_text(
 
     Args:
         window: tokens that the model sees at a time, with BOS; by default its context, and 2048 at most.
-        stride: by how much a window moves on; half a window by default.
+        stride: tokens by which a window moves on; half a window by default.
         batch_size: windows in one forward pass.
         show: called with the windows done and their number.
 
     Raises:
-        RecipeError: window or stride do not fit the model, there is neither BOS nor EOS, or no memory.
+        UserError: window or stride do not fit the model, there is neither BOS nor EOS, or no memory.
     """
     context = model.config.max_position_embeddings
     window = min(context, LONGEST_WINDOW) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 2 <= window <= context:
-        raise RecipeError(f"a window of {window} tokens: it must hold 2 and fit into the model's context of {context}")
+        raise UserError(f"a window of {window} tokens: it must hold 2 and fit into the model's context of {context}")
     if not 1 <= stride < window:
-        raise RecipeError(f"a stride of {stride} tokens: it lies between 1 and {window - 1}, what a window can score")
+        raise UserError(f"a stride of {stride} tokens: it lies between 1 and {window - 1}, what a window can score")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise RecipeError("the tokenizer has neither BOS nor EOS for the first token of a text to follow")
+        raise UserError("the tokenizer has neither BOS nor EOS for the first token of a text to follow")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids[1:] if ids[:1] == [first] else ids
     rows = list(_windows(ids, first, window - 1, stride))
@@ -109,7 +110,7 @@ def score_text(
                 nats += _loss_sum(model, inputs.to(model.device), targets.to(model.device))
                 show(start + len(batch), len(rows))
     except torch.OutOfMemoryError as error:
-        raise RecipeError(
+        raise UserError(
             f"{batch_size} windows of {window} tokens do not fit into memory: lower the batch size or the window"
         ) from error
     return TextScore(nats, len(ids), len(text.encode()))

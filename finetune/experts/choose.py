@@ -29,14 +29,14 @@ def specialize(
     in its folder; a run that goes on finds it there.
 
     Args:
-        model: as loaded.
-        recipe: with an `esft` section.
-        rows: to train on, with `input_ids`.
-        arguments: of the Trainer; with several processes, all of them come here.
-        folder: of the run; gets `expert_cfg.json`, and `expert_scores.json` if rows were scored.
+        model: the model as it was loaded.
+        recipe: one with an `esft` section.
+        rows: what is trained on, with `input_ids`.
+        arguments: the Trainer's; with several processes, all of them come here.
+        folder: the run's; gets `expert_cfg.json`, and `expert_scores.json` if rows were scored.
 
     Raises:
-        RecipeError: the experts cannot be chosen or are not of this model; one line says why.
+        UserError: the experts cannot be chosen or are not of this model; one line says why.
     """
     options, kept, is_main = EsftOptions(**recipe.esft), folder / CONFIG, arguments.process_index == 0
     top_p, choice = options.share, None

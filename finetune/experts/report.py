@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
 
 from ..data.rows import load_data
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
@@ -72,28 +72,28 @@ def report_experts(
 
     Args:
         model: local folder or Hub name.
-        data: JSONL file or Hub data set; `data.py` says which rows.
+        data: JSONL file or Hub data set; `data/rows.py` says which rows.
         compare: a second one, to compare with the first.
         output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call.
         adapter: folder or Hub name of a LoRA adapter to put on the model.
-        split: of Hub data sets.
-        rows: at most so many rows of each set, evenly spread over it; None for all.
+        split: which split of Hub data sets.
+        rows: the most rows of each set, evenly spread over it; None for all.
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Returns:
         What `experts.json` holds, see the module's docstring.
 
     Raises:
-        RecipeError: an argument, the model, the adapter or the data cannot be used; one line says why.
+        UserError: an argument, the model, the adapter or the data cannot be used; one line says why.
         KeyboardInterrupt: stopped from outside; `output_dir` is as it was before.
     """
     for name, value in (("rows", rows), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise RecipeError(f"`{name}` is {value}: it is a number of rows, at least 1")
+            raise UserError(f"`{name}` is {value}: it is a number of rows, at least 1")
     if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError(f"matplotlib, which draws {PICTURE}, is not installed: pip install 'deepseek-moe[finetune]'")
+        raise UserError(f"matplotlib, which draws {PICTURE}, is not installed: pip install 'deepseek-moe[finetune]'")
     sources = [os.fspath(source) for source in (data, compare) if source is not None]
     names = _names(sources)
     folder = Path(output_dir).expanduser()
@@ -110,7 +110,7 @@ def report_experts(
             counted = _count(network, sets, batch_size)
         except torch.OutOfMemoryError as error:
             reason = f"batch_size={batch_size} rows of max_length={max_length} tokens do not fit into memory"
-            raise RecipeError(f"{reason}: lower one of them") from error
+            raise UserError(f"{reason}: lower one of them") from error
         report = {
             "model": recipe.model,
             "adapter": None if adapter is None else os.fspath(adapter),
@@ -131,7 +131,7 @@ def report_experts(
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The tables, and where picture and JSON are."""
+    """Prints the tables, and where picture and JSON are."""
     console = Console()
     for number in range(len(report["data"])):
         console.print(_load_table(report, number))
@@ -145,13 +145,13 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
 def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
     """A scratch folder for `files`; if the block succeeds they replace those in `folder`, else that stays as it is."""
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output folder {folder} is a file: name another")
+        raise UserError(f"output folder {folder} is a file: name another")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".experts-", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
-        raise RecipeError(f"cannot write to output folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to output folder {folder}: {error.strerror}") from error
     try:
         with scratch as name:
             yield Path(name)
@@ -183,7 +183,7 @@ def _spread(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
 def _count(
     model: PreTrainedModel, sets: dict[str, datasets.Dataset], batch_size: int
 ) -> list[tuple[RoutingTotals, torch.Tensor]]:
-    """Of each set the totals, and the shares of two random halves `[2, L, E]`; of a single row `[1, L, E]`."""
+    """Totals of each set, and the shares of two random halves of it `[2, L, E]`; of a single row `[1, L, E]`."""
     found = []
     with row_progress() as progress:
         tasks = [progress.add_task(name, total=len(rows), speed=0.0, start=False) for name, rows in sets.items()]

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..model.counting import LoadCounter
 
 CLAIM_FACTOR = 2
@@ -40,7 +40,7 @@ class RoutingTotals:
         return self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
 
     def __add__(self, other: "RoutingTotals") -> "RoutingTotals":
-        """Totals of the rows of both."""
+        """Totals of the rows of this one and of the other together."""
         return RoutingTotals(
             self.tokens + other.tokens, self.layers, self.counts + other.counts, self.weights + other.weights
         )
@@ -50,11 +50,11 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     """Indices of the layers with routed experts that a plain forward pass runs.
 
     Raises:
-        RecipeError: there are none.
+        UserError: there are none.
     """
     config = model.config
     if not config.has_experts:
-        raise RecipeError(f"model {model.name_or_path!r} has no layer with routed experts")
+        raise UserError(f"model {model.name_or_path!r} has no layer with routed experts")
     return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
 
 
@@ -64,7 +64,7 @@ def padded_batches(
     """`input_ids` and `attention_mask` `[B, T]` of `batch_size` rows each, the longest rows first.
 
     Args:
-        rows: with `input_ids`.
+        rows: rows with `input_ids`.
         batch_size: B.
         done: told the number of rows and tokens of every batch that was used.
     """
@@ -88,7 +88,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
         batches: `input_ids` and `attention_mask`, both `[B, T]`; tokens with mask 0 do not count.
 
     Raises:
-        RecipeError: the model has no MoE layer, or its routing weights are not finite.
+        UserError: the model has no MoE layer, or its routing weights are not finite.
     """
     base, layers = model.base_model, moe_layers(model)
     counter = LoadCounter(base)
@@ -124,7 +124,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
     finite = weights.isfinite().all(dim=1).tolist()
     if not all(finite):
         dtype = str(base.dtype).removeprefix("torch.")
-        raise RecipeError(
+        raise UserError(
             f"the router of layer {layers[finite.index(False)]} of model {base.name_or_path!r} gives weights that are "
             f"not finite in {dtype}: try another dtype"
         )
@@ -142,8 +142,8 @@ def claimed_experts(shares: torch.Tensor, others: torch.Tensor) -> list[int]:
     Halves must agree because chance alone gives an expert of few tokens twice the share, the oftener the more experts.
 
     Args:
-        shares: of the set's halves `[2, E]`, or of all its rows `[1, E]`.
-        others: of the other set, likewise.
+        shares: those of the set's halves `[2, E]`, or of all its rows `[1, E]`.
+        others: those of the other set, likewise.
     """
     least, most = shares.amin(dim=0), others.amax(dim=0)
     claimed = (least > 1 / len(least)) & (least >= CLAIM_FACTOR * most)

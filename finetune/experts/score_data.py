@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data.packing import PACKED
 from ..data.rows import load_data
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
@@ -44,27 +44,27 @@ def score_data(
 
     Args:
         model: local folder or Hub name.
-        data: JSONL file or Hub data set; `data.py` says which rows.
+        data: JSONL file or Hub data set; `data/rows.py` says which rows.
         output: the file of scores, which is replaced.
-        split: of Hub data sets.
+        split: which split of Hub data sets.
         sample_tokens: random rows are taken until they have so many tokens.
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
 
     Returns:
-        What the file holds, see `esft.py`.
+        What the file holds, see `scores.py`.
 
     Raises:
-        RecipeError: an argument, the model or the data cannot be used; one line says why.
+        UserError: an argument, the model or the data cannot be used; one line says why.
         KeyboardInterrupt: stopped from outside; `output` is as it was before.
     """
     output = _writable(output)
     for name, value, least in (("sample_tokens", sample_tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
-            raise RecipeError(f"`{name}` is {value}: it has to be at least {least}")
+            raise UserError(f"`{name}` is {value}: it has to be at least {least}")
     if max_length < 2:
-        raise RecipeError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
+        raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
         network, tokenizer = load_for_use(model, dtype)
         moe_layers(network)
@@ -103,10 +103,10 @@ def select_from(
         What the file holds.
 
     Raises:
-        RecipeError: an argument or the file of scores cannot be used; one line says why.
+        UserError: an argument or the file of scores cannot be used; one line says why.
     """
     if score not in PAPERS_TOP_P:
-        raise RecipeError(f"`score` is {score!r}: choose one of {', '.join(PAPERS_TOP_P)}")
+        raise UserError(f"`score` is {score!r}: choose one of {', '.join(PAPERS_TOP_P)}")
     found, output = read_scores(scores), _writable(output)
     top_p = PAPERS_TOP_P[score] if top_p is None else top_p
     choice = expert_cfg(found, score, top_p, shared_experts, non_expert_modules)
@@ -122,7 +122,7 @@ def score_rows(
     """The scores of a model's experts on a random sample of rows with `input_ids`, with a progress bar.
 
     Raises:
-        RecipeError: the model has no routed experts, or memory is not enough for the batches.
+        UserError: the model has no routed experts, or memory is not enough for the batches.
     """
     sample, was_training = sample_of(rows, sample_tokens), model.training
     model.eval()
@@ -131,7 +131,7 @@ def score_rows(
             task = progress.add_task("scoring experts", total=len(sample), speed=0.0, start=False)
             totals = routing_totals(model, padded_batches(sample, batch_size, speedometer(progress, task)))
     except torch.OutOfMemoryError as error:
-        raise RecipeError(f"batch_size={batch_size} rows do not fit into memory: lower it, or `max_length`") from error
+        raise UserError(f"batch_size={batch_size} rows do not fit into memory: lower it, or `max_length`") from error
     finally:
         model.train(was_training)
     router = router_of(next(iter(blocks_of(model).values())))
@@ -161,7 +161,7 @@ def _unpacked(row: Mapping[str, Any]) -> list[list[int]]:
 
 
 def print_scores(scores: Scores) -> None:
-    """For each layer, how many experts the paper's shares need, and the best ones."""
+    """Prints for each layer how many experts the paper's shares need, and the best ones."""
     table = Table(
         title="Experts of the task",
         caption="needed: experts whose scores sum up to that; best: id and token score",
@@ -180,7 +180,7 @@ def print_scores(scores: Scores) -> None:
 
 
 def print_choice(choice: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], rule: str) -> None:
-    """The chosen experts of each layer."""
+    """Prints the chosen experts of each layer."""
     table = Table(title=f"{trained_count(choice)} experts whose {rule} in each layer")
     for column in ("layer", "experts", "score"):
         table.add_column(column, justify="right")
@@ -196,15 +196,15 @@ def print_choice(choice: Mapping[str, Any], scores: Mapping[str, Mapping[str, fl
 def _counts(scores: Scores, score: Literal["token", "gate"], top_p: float) -> dict[str, str]:
     try:
         return {layer: str(len(experts)) for layer, experts in select_experts(scores, score, top_p).items()}
-    except RecipeError:  # a gate that gives its experts less weight than that
+    except UserError:  # a gate that gives its experts less weight than that
         return {}
 
 
 def _writable(output: str | os.PathLike[str]) -> Path:
     path = Path(output).expanduser()
     if path.is_dir():
-        raise RecipeError(f"output {path} is a folder: name a file")
+        raise UserError(f"output {path} is a folder: name a file")
     if not os.access(path.parent, os.W_OK):
         reason = "cannot be written to" if path.parent.is_dir() else "is no folder"
-        raise RecipeError(f"output {path}: {path.parent} {reason}")
+        raise UserError(f"output {path}: {path.parent} {reason}")
     return path

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.conversion.adapters.esft import check_expert_cfg, read_expert_cfg
 
-from ..errors import RecipeError
+from ..errors import UserError
 from .routing import RoutingTotals
 
 SCORES, CONFIG = "expert_scores.json", "expert_cfg.json"
@@ -51,13 +51,13 @@ def esft_scores(totals: RoutingTotals, gate_scale: float = 1.0) -> Scores:
 
 
 def select_experts(scores: Scores, score: Literal["token", "gate"], top_p: float) -> dict[str, list[int]]:
-    """For each layer the fewest experts whose scores sum up to `top_p`, the best first; of equals the first listed.
+    """The fewest experts of each layer whose scores sum up to `top_p`, the best first; of equals the first listed.
 
     Raises:
-        RecipeError: `top_p` is no share, or more than the scores of a layer sum up to.
+        UserError: `top_p` is no share, or more than the scores of a layer sum up to.
     """
     if not 0 < top_p <= 1:
-        raise RecipeError(f"`top_p` is {top_p}: it is a share of a layer's scores, above 0 and at most 1")
+        raise UserError(f"`top_p` is {top_p}: it is a share of a layer's scores, above 0 and at most 1")
     # Whole numbers: sums of rounded decimals must reach `top_p` where they do on paper.
     unit = 10**_DECIMALS
     wanted = Decimal(str(top_p)) * unit
@@ -66,7 +66,7 @@ def select_experts(scores: Scores, score: Literal["token", "gate"], top_p: float
         rounded = {int(expert): round(value * unit) for expert, value in of_expert.items()}
         # Each score may have lost half a unit to rounding.
         if (total := sum(rounded.values())) + len(rounded) / 2 < wanted:
-            raise RecipeError(
+            raise UserError(
                 f"the {score} scores of layer {layer} sum up to {total / unit:.2f}, less than top_p={top_p}: lower it"
             )
         chosen[layer], reached = [], 0
@@ -94,21 +94,21 @@ def read_scores(path: str | Path) -> Scores:
     """A file of scores, checked.
 
     Raises:
-        RecipeError: it cannot be read or is no such file; one line says what is wrong.
+        UserError: it cannot be read or is no such file; one line says what is wrong.
     """
     scores = _read_json(Path(path))
     for kind in ("token_scores", "gate_scores"):
         layers = scores.get(kind) if isinstance(scores, dict) else None
         if not isinstance(layers, dict) or not layers:
-            raise RecipeError(f'{path} is no file of ESFT scores: it lacks "{kind}" by layer')
+            raise UserError(f'{path} is no file of ESFT scores: it lacks "{kind}" by layer')
         for layer, experts in layers.items():
             if not layer.isdecimal():
-                raise RecipeError(f"{path}: {kind} has a layer {layer!r}, which is no number")
+                raise UserError(f"{path}: {kind} has a layer {layer!r}, which is no number")
             if not isinstance(experts, dict) or sorted(experts) != sorted(map(str, range(len(experts)))):
-                raise RecipeError(f"{path}: {kind} of layer {layer} are not those of experts 0, 1, 2 and so on")
+                raise UserError(f"{path}: {kind} of layer {layer} are not those of experts 0, 1, 2 and so on")
             wrong = next((expert for expert, value in experts.items() if not _is_share(value)), None)
             if wrong is not None:
-                raise RecipeError(
+                raise UserError(
                     f"{path}: {kind} of layer {layer}, expert {wrong} is {experts[wrong]!r}, not a share from 0 to 1"
                 )
     return {kind: scores[kind] for kind in ("token_scores", "gate_scores")}
@@ -119,29 +119,29 @@ def read_choice(path: str | Path, config: DeepseekMoeConfig, model: str) -> dict
 
     Args:
         path: the file.
-        config: of the model.
+        config: the model's.
         model: its name, for errors.
 
     Raises:
-        RecipeError: it cannot be read, is no such file, or is of another model; one line says what is wrong.
+        UserError: it cannot be read, is no such file, or is of another model; one line says what is wrong.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise RecipeError(f"{path}, the experts to train, is no file: `deepseek-moe esft select` writes one")
+        raise UserError(f"{path}, the experts to train, is no file: `deepseek-moe esft select` writes one")
     try:
         choice = read_expert_cfg(path)
         check_expert_cfg(choice, config, path, model)
     except CheckpointError as error:
-        raise RecipeError(str(error)) from error
+        raise UserError(str(error)) from error
     idle = 0 if config.mtp_loss_weight else config.num_nextn_predict_layers
     for layer, experts in choice["experts"].items():
         if experts and int(layer) >= config.num_hidden_layers + config.num_nextn_predict_layers - idle:
-            raise RecipeError(
+            raise UserError(
                 f"{path}: layer {layer} predicts further tokens, and nothing trains it: set losses.mtp_loss_weight, "
                 "or take the layer out"
             )
     if not trained_count(choice) and not choice["shared_experts"] and not choice["non_expert_modules"]:
-        raise RecipeError(f"{path} names nothing to train: all its lists of experts are empty")
+        raise UserError(f"{path} names nothing to train: all its lists of experts are empty")
     return choice
 
 
@@ -155,9 +155,9 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"cannot read {path}: {reason}") from error
+        raise UserError(f"cannot read {path}: {reason}") from error
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def _is_share(value: Any) -> bool:

@@ -41,7 +41,7 @@ def watch_experts(trainer: Trainer, folder: Path | None = None) -> "WatchExperts
 
     Args:
         trainer: its model has MoE blocks.
-        folder: where picture and table go; the Trainer's `output_dir` by default.
+        folder: gets picture and table; the Trainer's `output_dir` by default.
 
     Raises:
         ValueError: the model has no MoE block.
@@ -61,12 +61,12 @@ class WatchExperts(TrainerCallback):
 
     Args:
         model: the model in training, with or without adapters.
-        folder: for `experts.png` and `experts.json`.
+        folder: gets `experts.png` and `experts.json`.
         balance: whose counts to look at, if the same Trainer has it.
 
     Attributes:
         reporters: callbacks that get the numbers of every layer.
-        rows: for each log its `step` and, by name, the numbers of the layers, None for one that did not run.
+        rows: one for each log: its `step` and, by name, the numbers of the layers, None for one that did not run.
     """
 
     def __init__(self, model: nn.Module, folder: Path, balance: BalanceExperts | None = None):

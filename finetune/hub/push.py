@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from rich.table import Table
 
-from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.model_cards.card import PICTURES, check, licence_of, on_the_hub, run_card
 from modeling_deepseek_moe.model_cards.ways_to_load import ways_to_load
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from ..runs.results import RunResults, read_results, run_identity
@@ -54,36 +53,36 @@ def push_run(
         base: the base's name on the Hub, where the run knows a folder.
         license: licence id for the card; by default what the base's card says.
         force: replace what the repository holds, whatever it is.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         sleep: waits so many seconds between two tries.
 
     Returns:
         The repository's address.
 
     Raises:
-        RecipeError, CheckpointError: one line; nothing was uploaded, or the upload did not come to its end.
+        UserError: one line; nothing was uploaded, or the upload did not come to its end.
     """
     access: dict[str, Any] = {"endpoint": endpoint, "token": token}
     results = read_results(Path(run))
     kind = choose_kind(results, adapter_only, merged, native, with_code)
     base = base or (results.base if on_the_hub(results.base) else None)
     contents = Contents(results.identity(), kind)
-    aside = results.folder.with_name(f"{results.folder.name}.push.aside")
+    work = results.folder.with_name(f"{results.folder.name}.push.aside")
     check_repo(to, private, contents=contents, force=force, **access)  # before hours of merging
     licence = {"license": license} if license else _licence(results, base, access)
     check(ModelCardData(base_model=base, **licence))
     base_json = read_base_config(results, base, **access)
     try:
-        upload = _staged(results, kind, aside, to, base, licence, base_json, access)
+        upload = _staged(results, kind, work, to, base, licence, base_json, access)
         write_text(upload / RECORD, contents.text())
         make_repo(to, private is not False, contents=contents, **access)
         console = Console()
         console.print(_listing(upload, to))
         address = push(upload, to, replace=_outdated(force), sleep=sleep, **access)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped: the same command goes on with what is in {aside}") from None
+        raise KeyboardInterrupt(f"stopped: the same command goes on with what is in {work}") from None
     way = ways_to_load(upload, kind, to, base, base_json)[0]
-    shutil.rmtree(aside)
+    shutil.rmtree(work)
     console.print(f"\n{address}\n\n{way.title}:\n\n{way.code}", markup=False, highlight=False, soft_wrap=True)
     if kind == "adapter" and not base and results.base:
         console.print(f"\nOthers do not have {results.base}, which the adapter names: push it too, then give --base")
@@ -93,7 +92,7 @@ def push_run(
 def _staged(
     results: RunResults,
     kind: str,
-    aside: Path,
+    work: Path,
     repo_id: str,
     base: str | None,
     licence: dict[str, str],
@@ -102,13 +101,13 @@ def _staged(
 ) -> Path:
     """Weights, pictures and card; after an error nothing of them is left."""
     try:
-        upload = stage(results, kind, aside, base, lambda name: fetch_base(name, **access))
+        upload = stage(results, kind, work, base, lambda name: fetch_base(name, **access))
         for picture in PICTURES:
             if (results.folder / picture).is_file():
                 shutil.copyfile(results.folder / picture, upload / picture)
         card = _own_card(results) or run_card(results, kind, upload, repo_id, base, licence, base_json)
-    except (RecipeError, CheckpointError):
-        shutil.rmtree(aside, ignore_errors=True)
+    except UserError:
+        shutil.rmtree(work, ignore_errors=True)
         raise
     write_text(upload / CARD, f"{str(card).rstrip()}\n")
     return upload
@@ -118,7 +117,7 @@ def open_repo(recipe: Recipe, folder: Path) -> None:
     """Make the repository that a run is to be pushed to, before hours of training.
 
     Raises:
-        RecipeError: it cannot be written to, holds another model, or others see it though the recipe says private.
+        UserError: it cannot be written to, holds another model, or others see it though the recipe says private.
     """
     whole = recipe.merge or not (recipe.lora or recipe.esft)
     contents = Contents(run_identity(folder), "model" if whole else "adapter")
@@ -145,7 +144,7 @@ def _licence(results: RunResults, base: str | None, access: dict[str, Any]) -> d
 
 
 def _outdated(force: bool) -> tuple[str, ...]:
-    """With `force` everything that was there; else earlier weights, which may have been in more files."""
+    """Patterns of what goes: with `force` everything; else earlier weights, which may have been in more files."""
     return ("*",) if force else ("*.safetensors", "*.safetensors.index.json")
 
 

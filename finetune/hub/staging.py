@@ -28,7 +28,7 @@ from modeling_deepseek_moe.conversion.engine.source import RECORD_NAME, is_other
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.conversion.request import plan_request
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..runs.results import RunResults
 from .upload import HUB_FAILURES, read_file, without_secrets
@@ -49,18 +49,16 @@ def choose_kind(
     """What is to be pushed: adapter, model, code or one of DeepSeek's own model types.
 
     Raises:
-        RecipeError: two options that exclude each other, an unknown type, or the run has no adapter or only one.
+        UserError: two options that exclude each other, an unknown type, or the run has no adapter or only one.
     """
     options = {"--adapter-only": adapter_only, "--merged": merged, "--native": native, "--with-code": with_code}
     asked = [option for option, value in options.items() if value]
     if len(asked) > 1:
-        raise RecipeError(f"{' and '.join(asked)} ask for different things: give one of them")
+        raise UserError(f"{' and '.join(asked)} ask for different things: give one of them")
     if native and native not in NATIVE_MODELS:
-        raise RecipeError(f"--native {native!r} is none of {', '.join(NATIVE_MODELS)}")
+        raise UserError(f"--native {native!r} is none of {', '.join(NATIVE_MODELS)}")
     if adapter_only and results.adapter is None:
-        raise RecipeError(
-            f"{results.folder} has no adapter, which --adapter-only asks for: its whole model was trained"
-        )
+        raise UserError(f"{results.folder} has no adapter, which --adapter-only asks for: its whole model was trained")
     if native or with_code:
         return native or "code"
     return "adapter" if adapter_only or (results.model is None and not merged) else "model"
@@ -70,7 +68,7 @@ def check_weights(folder: Path) -> None:
     """Reads the weights of a folder once, before anything is made of them.
 
     Raises:
-        RecipeError: a value is not a number.
+        UserError: a value is not a number.
         CheckpointError: something is missing or broken.
     """
     if (folder / ESFT_CONFIG).is_file():
@@ -88,27 +86,27 @@ def check_weights(folder: Path) -> None:
                 values = file.get_tensor(name)
                 values = values.float() if values.element_size() == 1 else values
                 if values.is_floating_point() and not torch.isfinite(values).all():
-                    raise RecipeError(f"{path}: {name} has values that are not finite numbers; nothing is pushed")
+                    raise UserError(f"{path}: {name} has values that are not finite numbers; nothing is pushed")
 
 
-def stage(results: RunResults, kind: str, aside: Path, base: str | None, fetch: Callable[[str], Path]) -> Path:
+def stage(results: RunResults, kind: str, work: Path, base: str | None, fetch: Callable[[str], Path]) -> Path:
     """The folder to push, without its card.
 
     Args:
         results: what there is.
-        kind: of `choose_kind`.
-        aside: folder for what is made on the way; what an earlier call left in it is used again.
+        kind: what is pushed, as `choose_kind` says it.
+        work: folder for what is made on the way; what an earlier call left in it is used again.
         base: name that the adapter says it is for, instead of a folder on this machine.
         fetch: the folder of a model on the Hub.
 
     Raises:
-        RecipeError, CheckpointError: the weights are not whole, or cannot be expressed in this kind.
+        UserError, CheckpointError: the weights are not whole, or cannot be expressed in this kind.
     """
     weights = results.adapter if kind == "adapter" else results.model
     check_weights(weights or results.adapter)
     if weights is None or kind in NATIVE_MODELS:
-        weights = _converted(results, kind, aside / "weights", base, fetch)
-    upload = aside / "upload"
+        weights = _converted(results, kind, work / "weights", base, fetch)
+    upload = work / "upload"
     shutil.rmtree(upload, ignore_errors=True)
     upload.mkdir(parents=True)
     for path in sorted(weights.iterdir()):
@@ -148,13 +146,13 @@ def fetch_base(name: str, endpoint: str | None = None, token: str | bool | None 
     """The folder of a model on the Hub, downloaded if it is not in the cache.
 
     Raises:
-        RecipeError: it cannot be had.
+        UserError: it cannot be had.
     """
     try:
         return Path(HfApi(endpoint=endpoint, token=token).snapshot_download(name, ignore_patterns=list(_PICKLES)))
     except HUB_FAILURES as error:
         reason = without_secrets(first_line(error), token)
-        raise RecipeError(f"cannot download {name!r}, which the adapter is to be merged into: {reason}") from None
+        raise UserError(f"cannot download {name!r}, which the adapter is to be merged into: {reason}") from None
 
 
 def read_base_config(
@@ -179,7 +177,7 @@ def _converted(results: RunResults, kind: str, target: Path, base: str | None, f
         options["adapter"] = results.adapter
         name = results.base if results.base and Path(results.base).is_dir() else base or results.base
         if not name:
-            raise RecipeError(f"nothing says which model {results.adapter} was trained on: give --base")
+            raise UserError(f"nothing says which model {results.adapter} was trained on: give --base")
         source = Path(name) if Path(name).is_dir() else fetch(name)
     to = kind if kind in NATIVE_MODELS else "plain"
     request = plan_request(source, target, to, options)
@@ -204,5 +202,5 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    """In a new file: the old one may be a link to that of the run."""
+    """Writes a new file, since the old one may be a link to that of the run."""
     write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

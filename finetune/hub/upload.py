@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 
 RECORD = "deepseek_moe_run.json"
 _WAITS = (2, 8, 30, 120)  # seconds before each further try
@@ -42,7 +42,7 @@ class Contents:
     kind: str
 
     def text(self) -> str:
-        """The file."""
+        """What the file says."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
@@ -59,28 +59,28 @@ def check_repo(
     Args:
         repo_id: `user/name`.
         private: what an existing one must be, if that matters.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         contents: what will be pushed.
         force: it may hold anything.
 
     Raises:
-        RecipeError: it is not, or cannot be asked for.
+        UserError: it is not, or cannot be asked for.
     """
     if not _REPOSITORY.fullmatch(repo_id):
-        raise RecipeError(f"{repo_id!r} is not the name of a repository: give USER/NAME")
+        raise UserError(f"{repo_id!r} is not the name of a repository: give USER/NAME")
     if not (token or get_token()):
-        raise RecipeError(f"no token to write to {repo_id!r}: run `hf auth login`")
+        raise UserError(f"no token to write to {repo_id!r}: run `hf auth login`")
     api = HfApi(endpoint=endpoint, token=token)
     with _spoken("ask for", repo_id, token):
         if not api.repo_exists(repo_id):
             return
         if private is not None and bool(api.model_info(repo_id).private) != private:
-            raise RecipeError(
+            raise UserError(
                 f"{repo_id} is {'public' if private else 'private'} already, and a push does not change that: change "
                 "it in its settings on the Hub"
             )
         if contents and not force and (holds := _stranger(api, repo_id, contents)):
-            raise RecipeError(
+            raise UserError(
                 f"{repo_id} holds {holds}: give another name, or --force to replace everything in it (older commits "
                 "stay in its history)"
             )
@@ -98,11 +98,11 @@ def make_repo(
     Args:
         repo_id: `user/name`.
         private: who can see a repository that is made now.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         contents: what will be pushed: a first commit says so, by which an upload that was stopped is known again.
 
     Raises:
-        RecipeError: the Hub refuses.
+        UserError: the Hub refuses.
     """
     api = HfApi(endpoint=endpoint, token=token)
     with _spoken("write to", repo_id, token):
@@ -129,7 +129,7 @@ def push(
     Args:
         folder: everything in it is uploaded.
         repo_id: `user/name`.
-        endpoint, token: of the Hub; by default what `hf auth login` left.
+        endpoint, token: address of the Hub and token for it; by default what `hf auth login` left.
         replace: patterns of files that the repository loses in the same commit, unless the folder has them.
         sleep: waits so many seconds between two tries.
 
@@ -137,7 +137,7 @@ def push(
         The repository's address.
 
     Raises:
-        RecipeError: the Hub refused, or the last try failed.
+        UserError: the Hub refused, or the last try failed.
     """
     api = HfApi(endpoint=endpoint, token=token)
     for wait in (*_WAITS, None):
@@ -152,7 +152,7 @@ def push(
         except HUB_FAILURES as error:
             if wait is None or not _may_pass(error):
                 reason = without_secrets(_reason(error), token)
-                raise RecipeError(
+                raise UserError(
                     f"upload to {repo_id!r} failed: {reason}; {folder} is complete, and the same command goes on with "
                     "the upload"
                 ) from None
@@ -183,11 +183,11 @@ def _spoken(what: str, repo_id: str, token: str | bool | None) -> Iterator[None]
     """Errors of the Hub's client in one line; from None, since a traceback would print the tokens in the original."""
     try:
         yield
-    except RecipeError:
+    except UserError:
         raise
     except HUB_FAILURES as error:
         reason = without_secrets(first_line(error), token)
-        raise RecipeError(f"cannot {what} {repo_id!r} on the Hub: {reason} (to log in: `hf auth login`)") from None
+        raise UserError(f"cannot {what} {repo_id!r} on the Hub: {reason} (to log in: `hf auth login`)") from None
 
 
 def _stranger(api: HfApi, repo_id: str, contents: Contents) -> str:

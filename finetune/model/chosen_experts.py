@@ -28,13 +28,13 @@ class ChosenExperts(nn.Module):
     whatever the model's.
 
     Args:
-        experts: of a layer, as loaded.
+        experts: a layer's, as they were loaded.
         chosen: ids of the experts to train.
 
     Attributes:
-        gate_up, down: of the chosen experts, in their order, `[n, 2I, H]` and `[n, H, I]`. By the stacks' names
-            `save_pretrained` would take them for all experts.
-        place: where each expert lies in the stacks, `[E + 1]`; the last stands for one that another rank serves.
+        gate_up, down: weights of the chosen experts, in their order, `[n, 2I, H]` and `[n, H, I]`. By the names of
+            the stacks `save_pretrained` would take them for all experts.
+        place: each expert's place in the stacks, `[E + 1]`; the last stands for one that another rank serves.
     """
 
     def __init__(self, experts: DeepseekMoeExperts, chosen: list[int]):
@@ -55,7 +55,7 @@ class ChosenExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As `DeepseekMoeExperts.forward`."""
+        """The experts' output `[N, H]`; arguments are those of `DeepseekMoeExperts.forward`."""
         if self._may_be_behind:
             self.refresh()
         # No version counter tells: fused optimizers leave it as it is.
@@ -98,7 +98,7 @@ def train_chosen(model: PreTrainedModel, expert_cfg: Mapping[str, Any]) -> None:
     `release` undoes it. Until then `model.state_dict()` has other names than a checkpoint.
 
     Args:
-        model: as loaded, with `layers`; it is changed.
+        model: the model as it was loaded, with `layers`; it is changed.
         expert_cfg: what the file holds, fit for this model.
     """
     model.requires_grad_(False)

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
-from ..errors import RecipeError, first_line
+from ..errors import RecipeError, UserError, first_line
 from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
@@ -14,7 +14,11 @@ from .quantization import quantization_options
 
 
 def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, from a local folder or the Hub."""
+    """The recipe's model and its tokenizer, from a local folder or the Hub.
+
+    Raises:
+        UserError: there is no such model, it cannot be loaded as the recipe says, or its tokenizer is another model's.
+    """
     choices = {
         "attn_implementation": recipe.attn_implementation,
         "experts_implementation": recipe.experts_implementation,
@@ -29,9 +33,9 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             **recipe.losses,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     if len(tokenizer) > model.config.vocab_size:
-        raise RecipeError(
+        raise UserError(
             f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
             f"{len(tokenizer)} tokens: they do not belong together"
         )

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def quantization_options(recipe: "Recipe") -> dict[str, Any]:
-    """What `from_pretrained` is to be told.
+    """Arguments of `from_pretrained` by which the frozen weights come in four bits; none for a recipe without the key.
 
     Raises:
         ValueError: the checkpoint is quantised already.
@@ -32,8 +32,10 @@ def quantization_options(recipe: "Recipe") -> dict[str, Any]:
 
 
 def leave_out_of_ddp(model: "nn.Module") -> None:
-    """Keep the weights in four bits from DistributedDataParallel, which would read them as plain numbers to compare
-    and send them. Every rank has read the same checkpoint."""
+    """Tells DistributedDataParallel to leave weights in four bits alone.
+
+    It would read them as plain numbers to compare and send them; every rank has read the same checkpoint anyway.
+    """
     from modeling_deepseek_moe.quantized.weights import NF4Weight
 
     names = [name for name, weight in model.named_parameters() if isinstance(weight, NF4Weight)]

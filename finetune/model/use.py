@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.expert_lora import load_adapter
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..recipe.load import make_recipe
 from .esft_adapter import esft_folder, load_esft_adapter
 from .load import load
@@ -25,15 +25,15 @@ def load_for_use(
 
     Args:
         model: local folder or Hub name.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         adapter: folder or Hub name of an adapter to put on it.
 
     Raises:
-        RecipeError: the model or the adapter cannot be loaded, or they do not belong together.
+        UserError: the model or the adapter cannot be loaded, or they do not belong together.
     """
     folder = Path(model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise RecipeError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
+        raise UserError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
     network, tokenizer = load(make_recipe({"model": os.fspath(model), "data": "", "output_dir": "", "dtype": dtype}))
     if adapter is not None:
         network = put_adapter(network, adapter)
@@ -49,25 +49,25 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         adapter: folder or Hub name of a LoRA or ESFT adapter.
 
     Raises:
-        RecipeError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
+        UserError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
     """
     adapter = os.fspath(adapter)
     if folder := esft_folder(adapter):
         try:
             return load_esft_adapter(model, folder)
         except (CheckpointError, ValueError) as error:
-            raise RecipeError(f"cannot put adapter {adapter!r} on the model: {error}") from error
+            raise UserError(f"cannot put adapter {adapter!r} on the model: {error}") from error
     try:
         with known_warnings():
             adapted = load_adapter(model, adapter)
         found = load_peft_weights(adapter, device="cpu").keys()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise RecipeError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
+        raise UserError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
     if adapted.active_peft_config.is_prompt_learning:
-        raise RecipeError(f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here")
+        raise UserError(f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here")
     # PEFT leaves out in silence what the model has no place for.
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if other := sorted(name for name in found - own if "lora_" in name):
-        raise RecipeError(f"adapter {adapter!r} does not fit the model, which has no place for {other[0]}")
+        raise UserError(f"adapter {adapter!r} does not fit the model, which has no place for {other[0]}")
     return adapted.get_base_model()

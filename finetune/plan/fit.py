@@ -15,10 +15,10 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_json
 
-from ..errors import RecipeError, first_line, nearest
+from ..errors import UserError, first_line, nearest
 from ..recipe.load import load_recipe, make_recipe
 from ..recipe.schema import Recipe
-from .memory import Memory, Plan
+from .memory import Memory, MemoryPlan
 
 GIB = 2**30
 CUDA_CONTEXT = int(0.8 * GIB)
@@ -34,10 +34,10 @@ class Need:
     """Bytes that one GPU needs, by what for.
 
     Attributes:
-        parts: of the peak of a step.
+        parts: the peak of a step by what takes it.
         estimates: what no formula knows, by rules of thumb: CUDA's own memory and its libraries', and a tenth of what
             comes and goes for gaps between tensors.
-        host: in the machine's memory, of the whole model, where weights and states are offloaded to it.
+        host: what the whole model takes in the machine's memory, where weights and states are offloaded to it.
     """
 
     parts: dict[str, int]
@@ -46,7 +46,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of parts and estimates together."""
         return sum(self.parts.values()) + sum(self.estimates.values())
 
 
@@ -63,16 +63,16 @@ def find_config(model: str) -> DeepseekMoeConfig:
     """The config of a released model by its name or its Hub name, of a folder, or of another model on the Hub.
 
     Raises:
-        RecipeError: there is none, or it is of a model that this package does not have.
+        UserError: there is none, or it is of a model that this package does not have.
     """
     path = Path(model).expanduser()
     if not path.exists() and (released := released_json(model.rpartition("/")[2].lower())) is not None:
         return DeepseekMoeConfig.from_dict(released)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise RecipeError(f"{model} is no model: give a folder with a config.json, or a name")
+        raise UserError(f"{model} is no model: give a folder with a config.json, or a name")
     if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         known = [*PRESETS, *PRESET_OF_SIBLING]
-        raise RecipeError(
+        raise UserError(
             f"model {model!r} is no folder, no Hub name (USER/NAME) and no released model: did you mean "
             f"{nearest(model.lower(), known)!r}?"
         )
@@ -81,7 +81,7 @@ def find_config(model: str) -> DeepseekMoeConfig:
         if "model_type" not in stated:
             raise ValueError("it states no model_type")
     except (OSError, ValueError, CheckpointError, KeyError, TypeError) as error:
-        raise RecipeError(
+        raise UserError(
             f"cannot read the config of model {model!r}: {first_line(error)}; give a folder with a config.json, a Hub "
             "name, or the name of a released model such as deepseek-v2-lite"
         ) from error
@@ -98,21 +98,21 @@ def read_memory(text: str) -> int:
     """Bytes of "24GB" or "24GiB"; both mean 2**30, as makers of GPUs count.
 
     Raises:
-        RecipeError: no number with a unit, or nothing.
+        UserError: no number with a unit, or nothing.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])i?B\s*", text, re.IGNORECASE)
     if not found or float(found[1]) == 0:
-        raise RecipeError(f"--gpu-memory is {text!r}: give a number above 0 with its unit, such as 24GB")
+        raise UserError(f"--gpu-memory is {text!r}: give a number above 0 with its unit, such as 24GB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def need_of(plan: Plan, memory: Memory, gpus: int = 1, offload: bool = False) -> Need:
+def need_of(plan: MemoryPlan, memory: Memory, gpus: int = 1, offload: bool = False) -> Need:
     """What each of `gpus` GPUs needs for a step.
 
     Args:
-        plan: of the model and the recipe.
-        memory: of the micro-batch.
-        gpus: over which weights, gradients and optimizer state are sharded; not where weights are in four bits, which
+        plan: what model and recipe need.
+        memory: what the micro-batch needs.
+        gpus: how many share weights, gradients and optimizer state; not where weights are in four bits, which
             FSDP and ZeRO cannot cut.
         offload: weights, gradients and optimizer state lie in the machine's memory but for the layers that compute.
     """
@@ -133,12 +133,12 @@ def need_of(plan: Plan, memory: Memory, gpus: int = 1, offload: bool = False) ->
     return Need({name: size for name, size in parts.items() if size}, estimates, host)
 
 
-def can_shard(plan: Plan) -> bool:
+def can_shard(plan: MemoryPlan) -> bool:
     """Whether FSDP or ZeRO can cut the weights."""
     return plan.recipe.quantization is None
 
 
-def gathered(plan: Plan) -> int:
+def gathered(plan: MemoryPlan) -> int:
     """Whole weights that a sharded step holds: embedding, head and norms, the layer that computes and its
     gradients, and the next one."""
     root, of_layer, of_gradients = 0, {}, {}
@@ -210,19 +210,19 @@ def advise(config: DeepseekMoeConfig, recipe: Recipe, available: int, gpus: int)
     offloading; and what each of them gives alone.
 
     Raises:
-        RecipeError: as `memory.Plan`.
+        RecipeError: as `memory.MemoryPlan`.
     """
-    plan = Plan(config, recipe)
+    plan = MemoryPlan(config, recipe)
     found, together, words = [], recipe, []
     options = smaller_recipes(recipe, plan.rows)
     for word, values in options:
         together, words = changed(together, **values), [*words, word]
-        smaller = Plan(config, together)
+        smaller = MemoryPlan(config, together)
         need = need_of(smaller, smaller.memory(), gpus).total
         found.append(Advice(tuple(words), need, need <= available))
         if need <= available:
             break
-    shorter = Plan(config, together)
+    shorter = MemoryPlan(config, together)
 
     def need_at(length: int) -> int:
         return need_of(shorter, shorter.memory(length=length), gpus).total
@@ -236,7 +236,7 @@ def advise(config: DeepseekMoeConfig, recipe: Recipe, available: int, gpus: int)
         sparing = [(word, values) for word, values in options if not {"quantization", "lora__targets"} & values.keys()]
         spared = recipe
         for count in range(len(sparing) + 1):
-            if sharded := _sharded(Plan(config, spared), [word for word, _ in sparing[:count]], available, gpus):
+            if sharded := _sharded(MemoryPlan(config, spared), [word for word, _ in sparing[:count]], available, gpus):
                 found.append(sharded)
                 break
             spared = changed(spared, **(sparing[count][1] if count < len(sparing) else {}))
@@ -246,7 +246,7 @@ def advise(config: DeepseekMoeConfig, recipe: Recipe, available: int, gpus: int)
     return found
 
 
-def _sharded(plan: Plan, words: list[str], available: int, gpus: int) -> Advice | None:
+def _sharded(plan: MemoryPlan, words: list[str], available: int, gpus: int) -> Advice | None:
     """The fewest GPUs, more than `gpus`, over which a step fits."""
     memory = plan.memory()
     for count in (count for count in GPUS if count > gpus):

@@ -42,6 +42,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
+        """N, rows times their length."""
         return self.batch * self.length
 
     @property
@@ -55,10 +56,10 @@ class Stage:
     """A part of the forward pass, in bytes.
 
     Attributes:
-        name: for people.
+        name: what people read.
         saved: kept from its forward to its backward pass.
         forward, backward: needed besides while the one or the other computes.
-        gradients: of its trained parameters, which stay when its backward pass is over.
+        gradients: those of its trained parameters, which stay when its backward pass is over.
         casts: autocast's copies of trained weights, which live until the forward pass of the model ends.
         begins_branch: reads what the attention or feed-forward read, beside the stages before it.
     """
@@ -280,7 +281,7 @@ def keeps_itself(module: nn.Module, itemsize: int) -> bool:
 
 
 def casts(module: nn.Module, shape: Shape) -> int:
-    """Autocast's copies of the trained weights of linear layers."""
+    """Bytes of autocast's copies of the trained weights of linear layers."""
     if not shape.is_cast:
         return 0
     linear = (child for child in module.modules() if isinstance(child, nn.Linear))
@@ -288,11 +289,12 @@ def casts(module: nn.Module, shape: Shape) -> int:
 
 
 def trained_bytes(module: nn.Module) -> int:
-    """Gradients of a module's trained parameters."""
+    """Bytes of the gradients of a module's trained parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def has_adapters(module: nn.Module) -> bool:
+    """Whether a LoRA adapter is on the module or in it."""
     return any(hasattr(child, "lora_A") for child in module.modules())
 
 
@@ -304,7 +306,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def dequantized(module: nn.Module, shape: Shape) -> int:
-    """The largest weight of linear layers, which its product has as it was."""
+    """Bytes of the largest weight of linear layers, which its product has as it was before quantisation."""
     if not shape.in_four_bits:
         return 0
     linear = (child for child in module.modules() if isinstance(child, nn.Linear))

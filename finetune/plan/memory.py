@@ -27,7 +27,7 @@ OPTIMIZERS = (*_STATES, *_STATES_32, *_STATES_8, "adafactor")
 
 
 @dataclass(frozen=True)
-class Block:
+class StageGroup:
     """Stages that checkpointing runs again as one; `kept` is the input that it keeps, None without checkpointing."""
 
     stages: tuple[Stage, ...]
@@ -41,8 +41,8 @@ class Memory:
     Attributes:
         weights: all parameters and buffers, frozen or trained, by part of the model.
         optimizer: its states.
-        gradients, activations, temporaries: at the moment of the peak.
-        all_gradients: when the optimizer steps.
+        gradients, activations, temporaries: what they hold at the moment of the peak.
+        all_gradients: what gradients hold when the optimizer steps.
         moment: what computes at the peak.
         trained: how many parameters are trained.
     """
@@ -63,7 +63,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The most bytes that are in use at once."""
         return self.static + self.gradients + self.activations + self.temporaries
 
 
@@ -79,16 +79,16 @@ def training_memory(
     """Memory of one optimizer step as the recipe trains the model.
 
     Args:
-        config: of the model.
+        config: the model's.
         recipe: what to train and how.
         batch, length: rows of a micro-batch and tokens of a row, if not the recipe's.
         is_padded: rows differ in length, so that attention gets a mask; a single unpacked row never does.
         device: "cuda" or "cpu".
     """
-    return Plan(config, recipe, device).memory(batch, length, is_padded)
+    return MemoryPlan(config, recipe, device).memory(batch, length, is_padded)
 
 
-class Plan:
+class MemoryPlan:
     """A model and a recipe, whose memory is wanted for several micro-batches.
 
     Args:
@@ -109,7 +109,7 @@ class Plan:
         return self.training.get("per_device_train_batch_size") or 8
 
     def memory(self, batch: int | None = None, length: int | None = None, is_padded: bool = True) -> Memory:
-        """Of a micro-batch of `batch` rows of `length` tokens."""
+        """Memory of a step whose micro-batches have `batch` rows of `length` tokens, by default the recipe's."""
         batch, length = batch or self.rows, length or self.recipe.max_length
         if self.recipe.dpo:
             batch *= 2  # the preferred and the other answer
@@ -124,7 +124,7 @@ class Plan:
         trained = [p for p in self.parameters if p.is_trained]
         all_gradients = sum(p.nbytes for p in trained)
         state, scratch = optimizer_bytes(self.training.get("optim") or "adamw_torch_fused", trained, self.device)
-        moments = training_peak(self.blocks(base, shape), all_gradients if accumulates else 0)
+        moments = training_peak(self.groups(base, shape), all_gradients if accumulates else 0)
         moments.append(("optimizer step", all_gradients, 0, scratch))
         moment, gradients, activations, temporaries = max(moments, key=lambda each: sum(each[1:]))
         return Memory(
@@ -138,13 +138,13 @@ class Plan:
             sum(p.numel for p in trained),
         )
 
-    def blocks(self, base: nn.Module, shape: Shape) -> list[Block]:
+    def groups(self, base: nn.Module, shape: Shape) -> list[StageGroup]:
         """The forward pass in order; what runs before anything is trained keeps nothing."""
         config, decoder = self.config, base.model
         kept = shape.tokens * config.hidden_size * shape.stream if self.recipe.gradient_checkpointing else None
         learns = decoder.embed_tokens.weight.requires_grad
         embedding = Stage("embedding", 0, 0, 0, layers.trained_bytes(decoder.embed_tokens))
-        blocks, made = [Block((embedding,))], {}
+        groups, made = [StageGroup((embedding,))], {}
         for built in self.layer_of[: config.num_hidden_layers]:
             layer = decoder.layers[built]
             if (built, learns) not in made:
@@ -156,46 +156,46 @@ class Plan:
                         here = (before if stage.begins_branch else here) or stage.gradients > 0
                         learned = learned or here
                         stages.append(stage if here else dataclasses.replace(stage, saved=0, backward=0))
-                made[built, learns] = Block(tuple(stages), kept if learned or kept is None else 0), learned
-            block, learns = made[built, learns]
-            blocks.append(block)
-        blocks.append(Block((head_stage(config, base, shape),)))
+                made[built, learns] = StageGroup(tuple(stages), kept if learned or kept is None else 0), learned
+            group, learns = made[built, learns]
+            groups.append(group)
+        groups.append(StageGroup((head_stage(config, base, shape),)))
         if config.mtp_loss_weight:
             for built in self.layer_of[config.num_hidden_layers :]:
                 layer = decoder.layers[built]
                 stages = layers.attention_stages(config, layer, shape) + layers.feed_forward_stages(
                     config, layer, shape
                 )
-                blocks.append(Block((joined_stage(config, layer, shape), *stages), kept and 2 * kept))
-                blocks.append(Block((dataclasses.replace(head_stage(config, base, shape), gradients=0),)))
-        return blocks
+                groups.append(StageGroup((joined_stage(config, layer, shape), *stages), kept and 2 * kept))
+                groups.append(StageGroup((dataclasses.replace(head_stage(config, base, shape), gradients=0),)))
+        return groups
 
 
-def training_peak(blocks: list[Block], accumulated: int = 0) -> list[tuple[str, int, int, int]]:
+def training_peak(groups: list[StageGroup], accumulated: int = 0) -> list[tuple[str, int, int, int]]:
     """Every stage's forward and backward as (name, gradients, activations, temporaries) in bytes.
 
     Args:
-        blocks: the forward pass in order.
+        groups: the forward pass in order.
         accumulated: gradients of micro-batches before, which stay all the time; those of a stage are then temporary.
     """
     moments, alive, casts = [], 0, 0
-    for block in blocks:
+    for group in groups:
         before = alive
-        for stage in block.stages:
+        for stage in group.stages:
             moments.append((f"forward of {stage.name}", accumulated, alive + casts + stage.saved, stage.forward))
-            alive += stage.saved + (stage.casts if block.kept is None else 0)
-            casts += 0 if block.kept is None else stage.casts
-        alive = alive if block.kept is None else before + block.kept
+            alive += stage.saved + (stage.casts if group.kept is None else 0)
+            casts += 0 if group.kept is None else stage.casts
+        alive = alive if group.kept is None else before + group.kept
     gradients = accumulated
-    for block in reversed(blocks):
-        if block.kept is not None:
-            alive -= block.kept
-            for stage in block.stages:
+    for group in reversed(groups):
+        if group.kept is not None:
+            alive -= group.kept
+            for stage in group.stages:
                 alive += stage.saved + stage.casts
-                moments.append((f"second forward of {stage.name}", gradients, alive + block.kept, stage.forward))
-        for stage in reversed(block.stages):
+                moments.append((f"second forward of {stage.name}", gradients, alive + group.kept, stage.forward))
+        for stage in reversed(group.stages):
             temporary = stage.backward + stage.gradients
-            moments.append((f"backward of {stage.name}", gradients, alive + (block.kept or 0), temporary))
+            moments.append((f"backward of {stage.name}", gradients, alive + (group.kept or 0), temporary))
             alive -= stage.saved + stage.casts
             gradients += 0 if accumulated else stage.gradients
     return moments

@@ -18,7 +18,7 @@ from ..model.chosen_experts import train_chosen
 from ..model.load import add_adapters
 from ..recipe.schema import EsftOptions, Recipe
 
-# Of a layer's experts, in the mean: stored parameters of the paper's runs on DeepSeek-V2-Lite (FACTS 5.3).
+# Share of a layer's experts, in the mean: stored parameters of the paper's runs on DeepSeek-V2-Lite (FACTS 5.3).
 ESFT_SHARES = {"token": 0.09, "gate": 0.112}
 
 
@@ -71,7 +71,7 @@ def meta_model(config: DeepseekMoeConfig, recipe: Recipe) -> tuple[DeepseekMoeCo
 
 
 def assumed_choice(config: DeepseekMoeConfig, recipe: Recipe) -> dict[str, Any]:
-    """As many experts in each layer as the recipe's `expert_cfg.json` has in the mean, or as the paper found."""
+    """An `expert_cfg.json` with as many experts a layer as the recipe's has in the mean, or as the paper found."""
     moe_layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
     options = EsftOptions(**recipe.esft)
     others = {"shared_experts": options.shared_experts, "non_expert_modules": options.non_expert_modules}

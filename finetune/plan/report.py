@@ -9,7 +9,7 @@ from rich.table import Table
 
 from modeling_deepseek_moe.latent_cache import cache_elements
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..recipe.load import SHIPPED
 from .fit import (
     GIB,
@@ -25,7 +25,7 @@ from .fit import (
     plan_recipe,
     read_memory,
 )
-from .memory import Plan
+from .memory import MemoryPlan
 
 TABLE_MODELS = {
     "deepseek-moe-16b": "DeepSeekMoE 16B",
@@ -45,15 +45,15 @@ def plan_memory(
         model: folder, Hub name or name of a released model.
         recipe: a YAML file or the name of a shipped recipe.
         overrides: `key=value` that win over the recipe.
-        gpu_memory: of one GPU, with a unit.
+        gpu_memory: memory of one GPU, with a unit.
         gpus: how many there are.
         as_json: print JSON instead of a table.
 
     Raises:
-        RecipeError: the model, the recipe or a number is wrong.
+        UserError: the model, the recipe or a number is wrong.
     """
     if gpus < 1:
-        raise RecipeError(f"--gpus is {gpus}: it is a number of GPUs, at least 1")
+        raise UserError(f"--gpus is {gpus}: it is a number of GPUs, at least 1")
     available = None if gpu_memory is None else read_memory(gpu_memory)
     facts = plan_facts(model, recipe, overrides, available, gpus)
     if as_json:
@@ -68,11 +68,11 @@ def plan_facts(
     """What `plan_memory` says, in bytes: the need of one GPU by part, and given `available` what fits into that.
 
     Raises:
-        RecipeError: as `plan_memory`.
+        UserError: as `plan_memory`.
     """
     settings = plan_recipe(recipe, model, overrides)
     config = find_config(model)
-    plan = Plan(config, settings)
+    plan = MemoryPlan(config, settings)
     memory = plan.memory()
     need = need_of(plan, memory, gpus)
     facts: dict[str, Any] = {
@@ -168,14 +168,14 @@ def plan_table(recipes: list[str] | None = None, models: list[str] | None = None
 def smallest_fit(model: str, recipe: str) -> str:
     """One cell of the table: the GPUs, and the GiB that each needs."""
     settings, config = plan_recipe(recipe, model, []), find_config(model)
-    plan = Plan(config, settings)
+    plan = MemoryPlan(config, settings)
     memory = plan.memory()
     total = need_of(plan, memory).total
     smallest = next((size for size in _SINGLE if total <= size * GIB), None)
     if smallest:
         return f"{smallest} GB ({total / GIB:.0f})"
     single = {"training__per_device_train_batch_size": 1, "gradient_checkpointing": True}
-    one_row = Plan(config, changed(settings, **single))
+    one_row = MemoryPlan(config, changed(settings, **single))
     need = need_of(one_row, one_row.memory()).total
     if need <= _LARGEST * GIB:
         return f"{_LARGEST} GB, one row at a time ({need / GIB:.0f})"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from modeling_deepseek_moe.parts import WORDS
 
-from ..errors import RecipeError, nearest
+from ..errors import RecipeError, UserError, nearest
 from .metrics import find_metric
 from .schema import DTYPES, EsftOptions, Recipe
 
@@ -132,7 +132,10 @@ def check_metric(recipe: Recipe) -> None:
     """Raise a RecipeError if a recipe's `metric` cannot be measured."""
     if recipe.metric is None:
         return
-    find_metric(recipe.metric)
+    try:
+        find_metric(recipe.metric)
+    except UserError as error:
+        raise RecipeError(str(error)) from error
     if recipe.metric_rows < 1:
         raise RecipeError(f"`metric_rows` is {recipe.metric_rows}: it is 1 at least")
     if recipe.dpo:

@@ -1,7 +1,7 @@
 """Recipes: a flat YAML file, `key=value` overrides from the command line, one frozen dataclass.
 
 Keys of two libraries pass through by their own names: `lora.*` to `peft.LoraConfig` (plus `lora.targets`, the words of
-`lora.py`) and `training.*` to `transformers.TrainingArguments`. They may be written dotted or as a nested mapping.
+`model/lora.py`) and `training.*` to `transformers.TrainingArguments`, written dotted or as a nested mapping.
 Nothing is dropped in silence: an unknown key is an error that names the nearest known one.
 """
 
@@ -28,7 +28,7 @@ SHIPPED = {
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read a recipe from a file, and check it.
 
     Args:
         path: a YAML file, or the name of a shipped recipe (`lora_all`).
@@ -62,7 +62,7 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
 
     Args:
         values: recipe keys (those of a section dotted or nested) and their values.
-        raw: for keys that came from the command line, their text, which a string key takes as it stands.
+        raw: text of the keys that came from the command line, which a string key takes as it stands.
 
     Raises:
         RecipeError: as `load_recipe`.

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..errors import RecipeError
+from ..errors import UserError
 
 SHIPPED_METRICS = {path.parent.name: path for path in sorted((Path(__file__).parents[1] / "metrics").glob("*/*.py"))}
 
@@ -15,7 +15,7 @@ def find_metric(name: str | os.PathLike[str]) -> str:
         name: path of a script, of a folder with a script of the folder's name, a shipped metric, or a Hub name.
 
     Raises:
-        RecipeError: a path where there is no script.
+        UserError: a path where there is no script.
     """
     name = os.fspath(name)
     path = Path(name).expanduser()
@@ -27,7 +27,7 @@ def find_metric(name: str | os.PathLike[str]) -> str:
         return os.fspath(path / f"{path.name}.py")
     if path.exists() or path.suffix == ".py" or name.startswith((".", "/", "~")):
         what = f"has no script {path.name}.py" if path.is_dir() else "does not exist"
-        raise RecipeError(
+        raise UserError(
             f"metric {name!r} {what}: give the path of a metric script, or one of {', '.join(SHIPPED_METRICS)}"
         )
     return name

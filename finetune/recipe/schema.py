@@ -22,7 +22,7 @@ class Recipe:
         bad_rows: what to do with a row that cannot be read: stop or skip; skipped ones are counted and shown.
         packing: put several training rows into one sequence of `max_length` tokens, none of which sees another.
         streaming: read the rows while training instead of before; needs `eval_data` and `training.max_steps`.
-        dtype: of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         quantization: keep the frozen weights in four bits: nf4; None for not.
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
         gradient_checkpointing: compute activations twice to keep fewer.
@@ -30,8 +30,8 @@ class Recipe:
         watch: count the tokens of every expert: numbers in the log, `experts.png` and `experts.json`.
         metric: judges answers to held-out rows, before and after: exact_match, json_match, the path of a script for
             `evaluate`, or a Hub name; None for not.
-        metric_rows: on at most so many of them.
-        seed: of everything random.
+        metric_rows: the most held-out rows that the metric judges.
+        seed: what everything random is drawn from.
         merge: also save the model with the adapters merged into its weights.
         overwrite: empty an `output_dir` that holds another run.
         hub_id, hub_private: push the result to this Hub repository.
@@ -76,7 +76,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-# Of 64 routed experts a layer (FACTS 5.1).
+# The paper's shares of scores, found with 64 routed experts a layer (FACTS 5.1).
 PAPERS_TOP_P = {"token": 0.2, "gate": 0.1}
 
 

@@ -1,4 +1,4 @@
-"""Values of recipes: reading YAML, checking types, and the error that says in one line what is wrong."""
+"""Values of recipes: reading YAML, and checking types."""
 
 import re
 import types
@@ -11,6 +11,7 @@ from ..errors import RecipeError
 
 
 def read_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text has; a RecipeError that names `where` and the line if it is none."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -20,6 +21,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
+    """What a value is, in words: a number, text, a list."""
     names = {bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
     return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 

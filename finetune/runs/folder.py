@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which checkpoints in it are whole, and writing so that a kill leaves nothing half.
+"""The folder of a run: whose it is, what is in it, and which of its checkpoints are whole.
 
 recipe.yaml          the recipe that the folder belongs to
 data/                tokenized rows

@@ -1,4 +1,4 @@
-"""What is there to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
+"""What there is to publish: the results of a run, or a folder of an adapter or a model from elsewhere."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import yaml
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import file_digest
 from .folder import MAY_CHANGE
 
@@ -24,10 +24,10 @@ class RunResults:
     """Trained weights, and what is known of how they came about.
 
     Attributes:
-        folder: of the run, or of the weights themselves.
+        folder: the run's, or that of the weights themselves.
         adapter, model: folders with the weights; at least one is there.
-        recipe: of the run, its keys as in `recipe.yaml`; empty where there was no run.
-        summary: of the run, as in `summary.json`; empty too.
+        recipe: the run's, its keys as in `recipe.yaml`; empty where there was no run.
+        summary: the run's `summary.json`; empty where there was no run.
         base: the model that was tuned, a folder or a name on the Hub, if anything says so.
     """
 
@@ -39,7 +39,7 @@ class RunResults:
     base: str | None
 
     def identity(self) -> str:
-        """The same for the same recipe on the same rows, wherever they lie; without a recipe, for the same weights."""
+        """A digest of recipe and rows, wherever they lie; of the weights where there is no recipe."""
         if self.recipe:
             return run_identity(self.folder)
         weights = sorted((self.model or self.adapter).glob("*.safetensors"))
@@ -58,11 +58,11 @@ def read_results(folder: Path) -> RunResults:
     """The results in a folder of `deepseek-moe finetune`, in its `adapter` or `model`, or in any folder with weights.
 
     Raises:
-        RecipeError: there are none, or the run has not come to its end.
+        UserError: there are none, or the run has not come to its end.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise RecipeError(f"{folder} is not a folder: give that of a run, of an adapter or of a model")
+        raise UserError(f"{folder} is not a folder: give that of a run, of an adapter or of a model")
     if folder.name in _PARTS and (folder.parent / "recipe.yaml").is_file():
         run = read_results(folder.parent)
         parts = {part: getattr(run, part) if folder.name == part else None for part in _PARTS}
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> RunResults:
         return RunResults(folder, folder, None, {}, {}, name or None)
     if (folder / "config.json").is_file():
         return RunResults(folder, None, folder, {}, {}, None)
-    raise RecipeError(
+    raise UserError(
         f"{folder} has no results to push: neither recipe.yaml of a run, nor {ADAPTER_CONFIG} or {ESFT_CONFIG} of an "
         "adapter, nor config.json of a model"
     )
@@ -88,12 +88,12 @@ def is_adapter(folder: Path) -> bool:
 def _of_a_run(folder: Path) -> RunResults:
     parts = {part: folder / part if (folder / part).is_dir() else None for part in _PARTS}
     if not (folder / "summary.json").is_file() or not any(parts.values()):
-        raise RecipeError(
+        raise UserError(
             f"{folder} has no results yet: its run has not come to its end; the same `deepseek-moe finetune` goes on"
         )
     recipe, summary = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), _json(folder / "summary.json")
     if not isinstance(recipe, dict) or not summary:
-        raise RecipeError(f"{folder}: recipe.yaml or summary.json is not of a run")
+        raise UserError(f"{folder}: recipe.yaml or summary.json is not of a run")
     return RunResults(folder, parts["adapter"], parts["model"], recipe, summary, recipe.get("model"))
 
 

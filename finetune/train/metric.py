@@ -13,7 +13,7 @@ from ..recipe.schema import Recipe
 
 
 def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) -> dict[str, float] | None:
-    """`measure_metric` before the first step, kept in the file `path`, where a resumed run finds it.
+    """What `measure_metric` gives before the first step, kept in the file `path`, where a resumed run finds it.
 
     Args:
         is_fresh: nothing was trained yet. A metric that a recipe gets later has no `before`.
@@ -37,7 +37,7 @@ def measure_metric(trainer: Trainer, recipe: Recipe, title: str = "answers after
     Every process of a run generates all answers, for a model whose weights are spread over them needs all.
 
     Raises:
-        RecipeError: no held-out row has both a question and a whole answer, or the metric refuses the answers.
+        UserError: no held-out row has both a question and a whole answer, or the metric refuses the answers.
     """
     if recipe.metric is None or not trainer.eval_dataset:
         return None
@@ -50,7 +50,7 @@ def measure_metric(trainer: Trainer, recipe: Recipe, title: str = "answers after
 
 
 def held_out_questions(trainer: Trainer, recipe: Recipe) -> list[Question]:
-    """At most `metric_rows` questions of the held-out rows, evenly spread; rows that may be cut are left out."""
+    """Questions of `metric_rows` held-out rows at most, evenly spread; rows that may be cut are left out."""
     bos = trainer.processing_class.bos_token_id
     rows = (row for row in trainer.eval_dataset if len(row["input_ids"]) < recipe.max_length)
     questions = [question for row in rows if (question := question_of(row["input_ids"], row["labels"], bos))]

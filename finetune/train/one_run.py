@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..data.rows import collator, recipe_rows
-from ..errors import RecipeError, first_line
+from ..errors import RecipeError, UserError, first_line
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
 from ..experts.watch import watch_experts
@@ -51,11 +51,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
         The summary that is also in `summary.json`: losses before and after, steps, seconds, and where things are.
 
     Raises:
-        RecipeError: the recipe, the model or the data it names cannot be used; one line says why.
+        UserError: the recipe (then it is a RecipeError), the model or the data it names cannot be used; one line says
+            why.
         KeyboardInterrupt: stopped from outside; its message says what is saved and how to go on.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
+        raise UserError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
     arguments = training_arguments(recipe)
     with arguments.main_process_first(local=False):
         folder, is_new = open_run(recipe)
@@ -112,7 +113,7 @@ def train_from(trainer: "FineTuner", checkpoint: Path | None, folder: Path) -> N
         # torch and safetensors do not pass on the number of the error.
         if not (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_full(folder, size)):
             raise
-        raise RecipeError(
+        raise UserError(
             f"the disk of {folder} is full ({first_line(error)}): {_kept(folder)}; free about {size / 1e9:.2f} GB, "
             "and the same command goes on from there"
         ) from error
@@ -161,7 +162,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
             watch_experts(trainer, folder)
         check_room(trainer, recipe, folder)
         return trainer
-    except RecipeError:
+    except UserError:
         raise
     except ValueError as error:
         raise RecipeError(f"these settings do not go together: {first_line(error)}") from error

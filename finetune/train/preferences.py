@@ -17,10 +17,10 @@ from ..errors import RecipeError, first_line
 from ..model.load import load
 from ..model.lora import known_warnings, lora_config
 from ..recipe.schema import Recipe
-from .trainer import Finishes
+from .trainer import RunTrainerMixin
 
 
-class PreferenceTuner(Finishes, DPOTrainer):
+class PreferenceTuner(RunTrainerMixin, DPOTrainer):
     """The Trainer of a run that learns from preferences; its rows are `preference_rows.py`'s."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

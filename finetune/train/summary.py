@@ -13,16 +13,16 @@ from ..data.report import row_counts
 from ..experts.scores import trained_count
 from ..model.chosen_experts import is_specialized
 from ..recipe.schema import Recipe
-from .trainer import Finishes
+from .trainer import RunTrainerMixin
 
 
-def summarize(trainer: Finishes, recipe: Recipe, folder: Path, resumed_from: Path | None) -> dict[str, Any]:
+def summarize(trainer: RunTrainerMixin, recipe: Recipe, folder: Path, resumed_from: Path | None) -> dict[str, Any]:
     """What a trained run's own state says: what was trained, on what, for how long, with what loss.
 
     Args:
         trainer: after training.
-        recipe: of the run.
-        folder: of the run; its `data_report.json` counts the rows.
+        recipe: the run's.
+        folder: the run's; its `data_report.json` counts the rows.
         resumed_from: the checkpoint that the run went on from, None if it began anew.
     """
     model, state = trainer.model, trainer.state

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import RecipeError
+from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
 from ..runs.folder import last_checkpoint
@@ -20,11 +20,11 @@ from ..runs.folder import last_checkpoint
 BAD_BATCH = "bad_batch.json"
 
 
-class Finishes:
+class RunTrainerMixin:
     """What a run adds to a Trainer class; comes before it among the bases.
 
     Raises:
-        RecipeError: in `train`, when the loss or a gradient is no finite number. The weights are still those of the
+        UserError: in `train`, when the loss or a gradient is no finite number. The weights are still those of the
             last good step; the message names the step, the file with the batch, and the last checkpoint.
     """
 
@@ -66,11 +66,11 @@ class Finishes:
         return loss
 
     def stop_broken(self, what: str) -> None:
-        """Keep the batch, and raise."""
+        """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it."""
         folder = Path(self.args.output_dir)
         write_text(folder / BAD_BATCH, json.dumps(self._readable_batch(), ensure_ascii=False, indent=1) + "\n")
         saved = last_checkpoint(folder)
-        raise RecipeError(
+        raise UserError(
             f"{what} at step {self.state.global_step + 1}; the rows of the batch are in {folder / BAD_BATCH}; "
             + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was written yet")
             + "; a smaller `training.learning_rate` may help, in another `output_dir` or with `overwrite: true`"
@@ -83,7 +83,7 @@ class Finishes:
         return {"step": self.state.global_step + 1, "texts": texts, "input_ids": rows}
 
 
-class FineTuner(Finishes, Trainer):
+class FineTuner(RunTrainerMixin, Trainer):
     """The Trainer of every run but those that learn from preferences."""
 
 
@@ -109,7 +109,7 @@ class StepTimes(TrainerCallback):
 class _FiniteGradients(TrainerCallback):
     """A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight."""
 
-    def __init__(self, trainer: Finishes):
+    def __init__(self, trainer: RunTrainerMixin):
         self._trainer = trainer
 
     def on_pre_optimizer_step(

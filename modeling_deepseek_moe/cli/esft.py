@@ -1,4 +1,4 @@
-"""Verbs of `deepseek-moe esft`: which experts serve a task, and which of them to train. `cli.py` adds them."""
+"""Verbs of `deepseek-moe esft`: which experts serve a task, and which of them to train. `main.py` adds them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,8 @@ def score(
     sample_tokens: Annotated[int, typer.Option(help="Random rows are run until they have so many tokens.")] = 131_072,
     max_length: Annotated[int, typer.Option(help="Longer rows are cut to this many tokens.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
-    split: Annotated[str, typer.Option(help="Of Hub data sets.")] = "train",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    split: Annotated[str, typer.Option(help="Which split of a Hub data set.")] = "train",
 ) -> None:
     """Run a sample of data through a model and score every expert: how many tokens it serves, with what weight."""
     from modeling_deepseek_moe.finetune.experts.score_data import score_data

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from modeling_deepseek_moe.errors import UserError
+
 from .esft import score, select
 from .use import chat, evaluate
 
@@ -23,19 +25,15 @@ app = typer.Typer(
 
 
 def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
-    """Shows a bad recipe, model or row as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
 
     @functools.wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            from modeling_deepseek_moe import CheckpointError
-            from modeling_deepseek_moe.finetune.errors import RecipeError
-
-            try:
-                verb(*args, **kwargs)
-            except (RecipeError, CheckpointError) as error:
-                _complain(" ".join(str(error).split()))
-                raise typer.Exit(1) from error
+            verb(*args, **kwargs)
+        except UserError as error:
+            _complain(" ".join(str(error).split()))
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop
@@ -92,9 +90,9 @@ def experts(
     rows: Annotated[int | None, typer.Option(help="At most so many rows, evenly spread; all by default.")] = None,
     max_length: Annotated[int, typer.Option(help="Longer rows are cut to this many tokens.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 8,
-    split: Annotated[str, typer.Option(help="Of Hub data sets.")] = "train",
+    split: Annotated[str, typer.Option(help="Which split of Hub data sets.")] = "train",
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -130,7 +128,7 @@ def convert(
         ),
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="Of weights that are not FP8: bfloat16, float16 or float32.")
+        str | None, typer.Option(help="Type of weights that are not FP8: bfloat16, float16 or float32.")
     ] = None,
     source_format: Annotated[
         str | None, typer.Option("--from", help="deepseek-inference, if SOURCE could be taken for something else.")
@@ -227,7 +225,7 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file.")
     ] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, with its unit: 24GB.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, with its unit: 24GB.")] = None,
     gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     table: Annotated[bool, typer.Option("--table", help="All shipped recipes on released models instead.")] = False,

@@ -1,4 +1,4 @@
-"""Verbs for models as they are: `evaluate` and `chat`. `cli.py` adds them to the command."""
+"""Verbs for models as they are: `evaluate` and `chat`. `main.py` adds them to the command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 _Model = Annotated[str, typer.Argument(help="Folder or Hub name of a model.")]
 _Adapter = Annotated[str | None, typer.Option(help="Folder or Hub name of an adapter for the model.")]
-_Dtype = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")]
+_Dtype = Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")]
 
 
 def evaluate(
@@ -24,16 +24,16 @@ def evaluate(
         bool, typer.Option("--chat-template", help="Ask the tasks' questions through the chat template.")
     ] = False,
     text: Annotated[Path | None, typer.Option(help="Text file whose perplexity to measure.")] = None,
-    window: Annotated[int | None, typer.Option(help="Of --text: tokens at a time; the context, at most 2048.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Of --text: tokens between windows; half a window.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of --text at a time; the context, at most 2048.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens of --text between windows; half a window.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows with answers: a JSONL file or a Hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Of a Hub data set.")] = "test",
+    split: Annotated[str, typer.Option(help="Which split of a Hub data set.")] = "test",
     metric: Annotated[
         str | None,
         typer.Option(help="What judges the answers to --data: exact_match, json_match, a path or a Hub name."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of an answer to --data; twice the longest reference by default.")
+        int | None, typer.Option(help="Most tokens of an answer to --data; twice the longest reference by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many rows of --data and documents of a task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions or windows in one batch.")] = 8,
@@ -67,10 +67,14 @@ def chat(
     model: _Model,
     adapter: _Adapter = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 1024,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling; the model's own, else 0.6.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of sampling; the model's own, else 0.95.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampling, for the same conversation again.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of sampling; the model's own, else 0.6.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Share of likely tokens to sample from; the model's own, else 0.95.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling, for the same conversation again.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
     dtype: _Dtype = "auto",
 ) -> None:

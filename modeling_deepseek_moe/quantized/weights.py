@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from ..checkpoint_layout import is_fp8_weight
 
-BLOCK = 64
-BITS = 4 + 32 / BLOCK  # a value, with its share of the block's float32 magnitude
+NF4_BLOCK = 64
+BITS = 4 + 32 / NF4_BLOCK  # a value, with its share of the block's float32 magnitude
 
 _STACKED = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)$")
 _WAY_OUT = (
@@ -39,9 +39,9 @@ class NF4Weight(torch.Tensor):
     `F.linear` takes it as it is. Whatever else would read or write values raises a ValueError.
 
     Args:
-        packed: `[..., blocks, BLOCK / 2]`, uint8, two values a byte; the last block of a matrix is filled with zeros.
+        packed: `[..., blocks, NF4_BLOCK / 2]`, uint8, two values a byte; zeros fill the last block of a matrix.
         magnitudes: `[..., blocks]`, float32.
-        shape, dtype: of the weight that this stands for.
+        shape, dtype: those of the weight that this stands for.
     """
 
     @staticmethod
@@ -104,8 +104,8 @@ def quantize(weight: torch.Tensor) -> NF4Weight:
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    blocks = -(-weight.shape[-2:].numel() // BLOCK)
-    packed = torch.empty(*weight.shape[:-2], blocks, BLOCK // 2, dtype=torch.uint8, device=weight.device)
+    blocks = -(-weight.shape[-2:].numel() // NF4_BLOCK)
+    packed = torch.empty(*weight.shape[:-2], blocks, NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
     magnitudes = torch.empty(*weight.shape[:-2], blocks, dtype=torch.float32, device=weight.device)
     if weight.ndim == 2:
         quantize_matrix(weight, packed, magnitudes)
@@ -116,10 +116,10 @@ def quantize(weight: torch.Tensor) -> NF4Weight:
 
 
 def quantize_matrix(matrix: torch.Tensor, packed: torch.Tensor, magnitudes: torch.Tensor) -> None:
-    """Writes `matrix [out, in]` into `packed [blocks, BLOCK / 2]` and `magnitudes [blocks]`."""
+    """Writes `matrix [out, in]` into `packed [blocks, NF4_BLOCK / 2]` and `magnitudes [blocks]`."""
     values = matrix.detach().flatten()
-    values = F.pad(values, (0, -len(values) % BLOCK))
-    nibbles, state = load_bitsandbytes().functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+    values = F.pad(values, (0, -len(values) % NF4_BLOCK))
+    nibbles, state = load_bitsandbytes().functional.quantize_4bit(values, blocksize=NF4_BLOCK, quant_type="nf4")
     packed.copy_(nibbles.view(packed.shape))
     magnitudes.copy_(state.absmax)
 
@@ -127,10 +127,12 @@ def quantize_matrix(matrix: torch.Tensor, packed: torch.Tensor, magnitudes: torc
 def dequantize_matrix(
     packed: torch.Tensor, magnitudes: torch.Tensor, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The values `[out, in]` of `packed [blocks, BLOCK / 2]` and `magnitudes [blocks]`."""
+    """The values `[out, in]` of `packed [blocks, NF4_BLOCK / 2]` and `magnitudes [blocks]`."""
     functional = load_bitsandbytes().functional
     # One block a row: bitsandbytes 0.50 on CPUs with AVX512 misreads rows that end within a block.
-    state = functional.QuantState(magnitudes, (len(magnitudes), BLOCK), dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    state = functional.QuantState(
+        magnitudes, (len(magnitudes), NF4_BLOCK), dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4"
+    )
     values = functional.dequantize_4bit(packed.view(-1, 1), state)
     return values.flatten()[: shape.numel()].view(shape)
 

@@ -14,6 +14,7 @@ from workbench import LOGIT_BOUND, Side, Workbench
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.latent_cache import use_growing_layers
+from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
 STEP_GOALS = {256: 1.0, 2048: 3.0, 8192: 9.0, 32768: 22.0}
 ATTENTION_GOALS = {8192: 40.0}
@@ -142,7 +143,7 @@ def _step(bench: Workbench, side: Side, cache: Cache):
     def prepare(seed: int):
         side.route(1, seed)
         ids = bench.ids(1, seed)
-        return lambda: side.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return lambda: side.model(input_ids=ids, use_cache=True, **{CACHE_NAME: cache}).logits
 
     return prepare
 
@@ -158,7 +159,7 @@ def _attention(side: Side, context: int):
         rotary = base.rotary_emb(states, positions)
         attend = base.layers[0].self_attn
         return lambda: attend(
-            hidden_states=states, position_embeddings=rotary, attention_mask=None, past_key_values=cache
+            hidden_states=states, position_embeddings=rotary, attention_mask=None, **{CACHE_NAME: cache}
         )[0]
 
     return prepare

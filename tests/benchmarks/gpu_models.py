@@ -21,6 +21,7 @@ from workbench import Settings, Side, Workbench
 
 from modeling_deepseek_moe.attention_backends import best_attention
 from modeling_deepseek_moe.expert_lora import register_expert_lora
+from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
 _MODULES = r".*\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.shared_experts\.(gate|up|down)_proj)"
 _PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -102,7 +103,7 @@ def _decoding(bench: GpuBench, side: Side, context: int, experts: str | None = N
     def step() -> torch.Tensor:
         if experts is not None:
             side.model.set_experts_implementation(experts)
-        inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids, "position_ids": positions, CACHE_NAME: cache, "use_cache": True}
         return side.model(**inputs).logits
 
     side.route(1, seed=0)

@@ -21,7 +21,7 @@ from rich.table import Table
 from step_memory import measured_step, recipe_of
 
 from modeling_deepseek_moe import DeepseekMoeConfig
-from modeling_deepseek_moe.finetune.plan.memory import Memory, Plan
+from modeling_deepseek_moe.finetune.plan.memory import Memory, MemoryPlan
 
 BOUND = 0.1
 MIB = 2**20
@@ -98,7 +98,7 @@ def main() -> int:
 
 def predicted(values: dict[str, Any]) -> Memory:
     """Of a step on CPU whose rows are all of the same length."""
-    return Plan(DeepseekMoeConfig.from_dict(FIELDS), recipe_of(values), "cpu").memory(is_padded=False)
+    return MemoryPlan(DeepseekMoeConfig.from_dict(FIELDS), recipe_of(values), "cpu").memory(is_padded=False)
 
 
 def measure(values: dict[str, Any]) -> tuple[int, int]:

@@ -7,11 +7,18 @@ and reorders more: 1e-4.
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
+from modeling_deepseek_moe.transformers_names import minor_release
+
 # Tracing takes seconds; V3 has all there is but plain attention and the batch-wise balance loss.
 LINEAGES = [pytest.param("v1", marks=pytest.mark.slow), pytest.param("v2", marks=pytest.mark.slow), "v3"]
+traces_backward = pytest.mark.skipif(
+    minor_release(transformers.__version__) < (5, 23),
+    reason="before 5.23 transformers' grouped product on CPU cannot be differentiated while it is traced",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +66,13 @@ def check_decoding(lineage: str, backend: str, tolerance: float, steps: int = 5)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=tolerance, rtol=0)
 
 
+@traces_backward
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_a_training_step_is_one_graph_forward_and_backward(lineage):
     check_training_step(lineage, "aot_eager", 1e-5)
 
 
+@traces_backward
 @pytest.mark.slow
 @pytest.mark.parametrize("lineage", ["v1", "v3"])
 def test_inductor_compiles_a_training_step_with_the_gradients_of_eager_mode(lineage):

@@ -10,33 +10,50 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import tiny_ids, tiny_model, v3_config
 
 import modeling_deepseek_moe
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseek_moe.transformers_names import refuse_other_releases
 
 PACKAGE = Path(modeling_deepseek_moe.__file__).parent
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/tiny-deepseek"
+INSTALLED = Path(transformers.__file__).parents[1]
 
 # Loads by path and by name, and saves what it computed and what it saves again.
 STRANGER = """
 import sys
 sys.modules["modeling_deepseek_moe"] = None
-import torch
+import torch, transformers
 from transformers import AutoModelForCausalLM
-ids, results = torch.load(sys.argv[1]), {}
+ids, results = torch.load(sys.argv[1]), {"transformers": transformers.__version__}
+greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 for where in sys.argv[3:]:
     model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
     results[where] = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "experts": model.config._experts_implementation,
         "logits": model(ids).logits.detach(),
-        "generated": model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
+        "generated": model.generate(ids, **greedy),
+        "static": model.generate(ids, cache_implementation="static", **greedy),
+        "drafted": model.generate(ids[:1], use_mtp=True, **greedy),
     }
 model.save_pretrained(sys.argv[2] + "/again")
 torch.save(results, sys.argv[2] + "/results.pt")
+"""
+
+# Loads as under other releases, and prints what the exported code says of each.
+OTHERS = """
+import sys, transformers
+sys.modules["modeling_deepseek_moe"] = None
+for transformers.__version__ in sys.argv[2:]:
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -69,6 +86,21 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
+def run_alone(program: str, *arguments, home: Path, release: Path = INSTALLED) -> str:
+    """What a program prints that runs with another home and Hub cache, and a folder's transformers."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(release)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def strangers(exported, tmp_path_factory) -> Path:
     """Where a process without the package left its results; its Hub cache holds the folder as a repository."""
@@ -78,16 +110,7 @@ def strangers(exported, tmp_path_factory) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
     torch.save(tiny_ids(v3_config()), folder / "ids.pt")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(folder / "ids.pt"), str(folder), str(exported), REPOSITORY],
-        env={**environment, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(STRANGER, folder / "ids.pt", folder, exported, REPOSITORY, home=folder)
     return folder
 
 
@@ -126,8 +149,47 @@ def test_a_process_without_the_package_computes_the_same(by_name, exported, stra
     with torch.no_grad():
         # The other process may use another number of threads, hence another order of float32 sums.
         torch.testing.assert_close(results["logits"], model(ids).logits, rtol=0, atol=1e-6)
-    generated = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(results["generated"], generated)
+    check_generated(results, model, ids)
+
+
+def check_generated(results: dict, model: DeepseekMoeForCausalLM, ids: torch.Tensor) -> None:
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(results["generated"], expected)
+    assert torch.equal(results["static"], expected)
+    assert torch.equal(results["drafted"], model.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+def test_other_releases_of_transformers_load_the_export_and_generate_the_same(exported, request, tmp_path):
+    releases = request.config.getoption("--transformers-folder")
+    if not releases:
+        pytest.skip("no folder with another release of transformers was given (--transformers-folder)")
+    model, ids = tiny_model(v3_config()), tiny_ids(v3_config())
+    torch.save(ids, tmp_path / "ids.pt")
+    for release in releases:
+        home = tmp_path / Path(release).name
+        home.mkdir()
+        run_alone(STRANGER, tmp_path / "ids.pt", home, exported, home=home, release=Path(release).absolute())
+        results = torch.load(home / "results.pt")
+        (own,) = Path(release).glob("transformers-*.dist-info")
+        assert own.name == f"transformers-{results['transformers']}.dist-info"
+        with torch.no_grad():
+            # Releases may sum in another order.
+            torch.testing.assert_close(results[str(exported)]["logits"], model(ids).logits, rtol=0, atol=2e-5)
+        check_generated(results[str(exported)], model, ids)
+
+
+def test_the_exported_code_refuses_releases_that_it_was_not_tried_with(exported, tmp_path):
+    releases = ["5.19.2", "5.25.0", "6.0.0.dev0"]
+    said = run_alone(OTHERS, exported, *releases, home=tmp_path).splitlines()
+    for release, line in zip(releases, said, strict=True):
+        assert line.startswith(f"this model's code was tried with transformers 5.20 to 5.24, not with {release}: ")
+        assert "pip install 'transformers>=5.20,<5.25'" in line
+
+
+def test_the_package_itself_leaves_that_to_its_requirements():
+    refuse_other_releases("5.25.0", "modeling_deepseek_moe.transformers_names")
+    for release in ("5.20.0", "5.24.1"):
+        refuse_other_releases(release, "transformers_modules.someone.transformers_names")
 
 
 def test_a_process_without_the_package_saves_the_same_tensors_and_code(exported, strangers):

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.expert_lora import load_adapter
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.model.quantization import leave_out_of_ddp
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -24,7 +24,7 @@ from modeling_deepseek_moe.finetune.train import one_run as train
 from modeling_deepseek_moe.kernels.sorted import rows as sorted_rows
 from modeling_deepseek_moe.quantized import weights as quantized_weights
 from modeling_deepseek_moe.quantized.loading import NF4Config, quantize_weights
-from modeling_deepseek_moe.quantized.weights import BLOCK, NF4Weight, quantize
+from modeling_deepseek_moe.quantized.weights import NF4_BLOCK, NF4Weight, quantize
 
 RAGGED = {"hidden_size": 36, "moe_intermediate_size": 18}  # 648 values an expert's down projection: 10 blocks and 8
 shapes = pytest.mark.parametrize("widths", [{}, RAGGED], ids=["whole blocks", "a ragged last block"])
@@ -86,7 +86,7 @@ def test_an_expert_has_the_values_that_bitsandbytes_gives_it(shape, dtype):
         packed, state = bitsandbytes.functional.quantize_4bit(stack[expert].flatten(), quant_type="nf4")
         expected = bitsandbytes.functional.dequantize_4bit(packed, state).flatten()
         assert torch.equal(weight[expert].flatten(), expected)
-        magnitude = state.absmax.repeat_interleave(BLOCK)[: expected.numel()].view(shape)
+        magnitude = state.absmax.repeat_interleave(NF4_BLOCK)[: expected.numel()].view(shape)
         # Levels are at most 0.304 of the block's magnitude apart; bfloat16 rounds the value by 2^-9 more.
         assert ((weight[expert] - stack[expert]).abs() <= 0.155 * magnitude).all()
 
@@ -233,9 +233,9 @@ def test_a_run_says_what_it_lacks_for_four_bits(tmp_path, base, monkeypatch):
     recipe = make_recipe(tiny_values(tmp_path, base, quantization="nf4"))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)
-        with pytest.raises(RecipeError, match="need bitsandbytes, which is not installed: pip install"):
+        with pytest.raises(UserError, match="need bitsandbytes, which is not installed: pip install"):
             train.run(recipe)
     of_fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     fp8 = tiny_base(tmp_path / "fp8", quantization_config=of_fp8)
-    with pytest.raises(RecipeError, match=r"quantised already \(fp8\): .* --to bf16"):
+    with pytest.raises(UserError, match=r"quantised already \(fp8\): .* --to bf16"):
         train.run(make_recipe(tiny_values(tmp_path, fp8, quantization="nf4")))

@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import load_recipe
 from modeling_deepseek_moe.finetune.runs.results import RunResults
 from modeling_deepseek_moe.model_cards.card import licence_of, run_card
@@ -213,7 +213,7 @@ def test_the_licence_is_the_bases_and_never_made_up(card):
     assert made.data.license_name == "deepseek" and "`deepseek` (LICENSE-MODEL)" in made.text
     assert licence_of("# no header") == licence_of("") == licence_of("---\nlicense: [\n---\n") == {}
     assert "Not stated by whoever published it" in card(licence={}).text
-    with pytest.raises(RecipeError, match="license: 'Apache 2.0' is not a licence id such as apache-2.0"):
+    with pytest.raises(UserError, match="license: 'Apache 2.0' is not a licence id such as apache-2.0"):
         card(licence={"license": "Apache 2.0"})
 
 

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from modeling_deepseek_moe.finetune.train.trainer import Finishes
+from modeling_deepseek_moe.finetune.train.trainer import RunTrainerMixin
 
 HUB_TOKEN = "hf_secretsecretsecret"  # of a local Hub, which takes any
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<user>", "<bot>"]
@@ -100,11 +100,11 @@ class StopAt(TrainerCallback):
 @contextlib.contextmanager
 def stopped_at(step: int, saying: str = "") -> Iterator[None]:
     """Every run in it is stopped as by Ctrl-C after `step` steps, and ends by a KeyboardInterrupt that says so."""
-    real = Finishes.__init__
+    real = RunTrainerMixin.__init__
 
     def patched(self, *args, callbacks, **kwargs):
         real(self, *args, callbacks=[*callbacks, StopAt(step)], **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match=saying):
-        patch.setattr(Finishes, "__init__", patched)
+        patch.setattr(RunTrainerMixin, "__init__", patched)
         yield

@@ -66,10 +66,10 @@ def counts_by_hand(model, rows) -> list[list[int]]:
     ]
 
 
-def trainer_of(model, rows, folder, callbacks=(), **options) -> Trainer:
+def trainer_of(model, rows, folder, callbacks=(), trainer_class=Trainer, **options) -> Trainer:
     """Two rows a micro-batch, in the order of `rows`; a log at every step; nothing saved."""
     defaults = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "optim": "sgd"}
     defaults |= {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "learning_rate": 0.1}
     data = {name: options.pop(name) for name in ("eval_dataset", "data_collator") if name in options}
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, "logging_steps": 1, **options})
-    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks), **data)
+    return trainer_class(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks), **data)

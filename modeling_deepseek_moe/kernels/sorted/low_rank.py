@@ -21,7 +21,7 @@ class Adapter(NamedTuple):
 
 
 class EveryExpert(NamedTuple):
-    """In the place of `SortedRows` where every product takes all experts and makes the memory of its result."""
+    """What stands for `SortedRows` where every product takes all experts and makes the memory of its result."""
 
     num_experts: int
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class LowRank:
                     self.dB[expert].zero_()
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
-        """Of A and B of each adapter, laid out as they are."""
+        """Gradients of A and B of each adapter, laid out as they are."""
         start = 0
         for A, B, scaling in self.adapters:
             if not self.is_trained:
@@ -82,7 +82,7 @@ def padded_rank(rank: int, dtype: torch.dtype) -> int:
 
 
 def low_ranks(routing: SortedRows | EveryExpert, scalings, factors, needs=()) -> list[LowRank | None]:
-    """Of gate_up and of down; None where there is no adapter. `needs` says which factors are trained."""
+    """Low-rank products of gate_up and of down, None where there is no adapter; `needs` says which factors train."""
     result, start = [], 0
     for scalings_of_weight in scalings:
         part = slice(start, start + 2 * len(scalings_of_weight))

@@ -33,7 +33,7 @@ class SortedRows:
     Args:
         top_k_index: `[N, K]` expert ids; `num_experts` marks a slot that another rank serves.
         num_experts: E.
-        dtype: of the experts' weights.
+        dtype: type of the experts' weights.
         at_once: whether one product may take all experts, on devices that have it.
     """
 

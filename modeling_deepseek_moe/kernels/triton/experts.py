@@ -119,7 +119,7 @@ def _experts(
 
     Args:
         factors: A and B of every adapter, those of gate_up first.
-        scalings: of every adapter.
+        scalings: one for every adapter.
         num_gate_up: how many adapt gate_up.
         save: whether a backward pass will follow.
     """

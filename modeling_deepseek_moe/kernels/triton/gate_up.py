@@ -37,7 +37,7 @@ def gate_up_product(
     Args:
         x: `[N, H]`; a row is the token of its pair.
         weight: `[E, 2I, H]`, gate before up. Any strides.
-        rows: of `sort_pairs`.
+        rows: what `sort_pairs` gives.
         top_k: K.
         low: `t [R, r]` in sorted order and `M [E, r, 2I]` of any strides: adds `t M[e]` to gate_up.
         save: whether gate_up is returned.
@@ -77,7 +77,7 @@ def gate_backward(
     save_h: bool = False,
     config: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """From the gradient of the experts' output to those of gate_up and of the routing weights.
+    """Gradients of gate_up and of the routing weights, from that of the experts' output.
 
     With p = dy W2 (+ v M) of each row and w its routing weight, `d gate_up = SwiGLU'(gate_up, w p)` and `dw = p h'`.
 
@@ -86,7 +86,7 @@ def gate_backward(
         weight: `[E, H, I]`, that of down. Any strides.
         gate_up: `[R, 2I]` in sorted order.
         row_weights: `[R]` by pair.
-        rows: of `sort_pairs`.
+        rows: what `sort_pairs` gives.
         top_k: K.
         low: `v [R, r]` in sorted order and `M [E, r, I]` of any strides: adds `v M[e]` to p.
         save_h: whether `w h` is returned, as the gradients of down's weight and of its factors take it.

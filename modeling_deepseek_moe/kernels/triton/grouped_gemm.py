@@ -23,9 +23,9 @@ class Tiles(NamedTuple):
     """What one program of a product makes, and how.
 
     Args:
-        rows, columns: of the result.
+        rows, columns: those of the result that a program computes.
         depth: summed over in one step.
-        warps: of 32 threads.
+        warps: groups of 32 threads.
         stages: steps whose tiles are in shared memory, one being multiplied and the others on their way.
     """
 
@@ -95,7 +95,7 @@ def rows_product(
     Args:
         a: `[R, in]` in sorted order, or `[N, in]` with `gather`.
         weight: `[E, out, in]` to multiply by its transpose if `transposed`, else `[E, in, out]`. Any strides.
-        rows: of `sort_pairs`.
+        rows: what `sort_pairs` gives.
         gather: K, where a row of `a` is the token of its pair.
         scatter: whether a result is stored at its pair n K + k instead of its sorted place.
         row_weights: `[R]` by pair, multiplied into the results.

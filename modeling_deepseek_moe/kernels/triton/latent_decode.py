@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...fp8_blocks import BLOCK, FP8_MAX
+from ...fp8_blocks import FP8_BLOCK, FP8_MAX
 from .latent_kernels import attend_tiles, join_splits
 from .launch import INTERPRETED, launch, next_power, refusal, shared_memory
 
@@ -24,7 +24,7 @@ MOST_TOKENS = 16
 WIDEST_RANK = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_SPLITS = 128
-_GROUP = BLOCK[1]
+_GROUP = FP8_BLOCK[1]
 # Beginning and ending a program, and joining it with the others, take about as long as so many tiles.
 _TILES_OF_A_START = 3
 _INTERPRETED_PROCESSORS = 4
@@ -85,7 +85,7 @@ def latent_attention(
         queries: `[B, h, T, c + rope]`, float16, bfloat16 or float32; T at most `MOST_TOKENS`.
         cached: `[B, L, c + rope]` of the same dtype, or an `FP8Latent` whose rope part has it.
         rank: c, at most `WIDEST_RANK` and a multiple of 16.
-        scaling: of the scores, before the softmax.
+        scaling: factor on the scores, before the softmax.
         mask: bool `[B, T, L]`, True where a query sees a token; a query that sees none gets zeros. Without a mask the
             last query sees all tokens, and each one before it one token less.
         splits: programs that share a sequence's tokens, instead of `split_count`'s.
@@ -163,8 +163,8 @@ def split_count(blocks: int, tiles: int, slots: int) -> int:
     """How many programs share the tokens of a sequence, so that the last one ends soonest.
 
     Args:
-        blocks: of rows, in all sequences together.
-        tiles: of tokens in the cache.
+        blocks: how many blocks of rows there are, in all sequences together.
+        tiles: how many tiles of tokens the cache has.
         slots: programs that the device runs at a time.
     """
 

@@ -34,7 +34,7 @@ def attend_latents(
         module: a DeepseekMoeLatentAttention.
         queries: `[B, h, T, r + rope]`.
         cached: `[B, L, r + rope]`.
-        mask: of `visible_keys`.
+        mask: what `visible_keys` gives.
 
     Raises:
         ValueError: Triton cannot run on the tensors' device.

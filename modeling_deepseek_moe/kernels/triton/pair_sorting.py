@@ -68,7 +68,7 @@ def sum_pairs(
         y: `[R, H]` by pair, contiguous. Rows of pairs whose id is `num_experts` are not read.
         top_k_index: `[N, K]`.
         num_experts: E.
-        dtype: of the result, that of `y` if None.
+        dtype: type of the result, that of `y` if None.
     """
     (tokens, top_k), width = top_k_index.shape, y.shape[1]
     result = torch.empty(tokens, width, dtype=dtype or y.dtype, device=y.device)

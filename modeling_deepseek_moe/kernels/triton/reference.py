@@ -56,7 +56,7 @@ def rows_product(
 
     Args:
         a: `[N, in]` where `gather` is K, else `[R, in]` in the order of `rows`.
-        weight: of each expert.
+        weight: each expert's.
         rows: who serves which pair.
         transposed: how the weight lies.
         gather: K if a holds tokens.
@@ -125,7 +125,7 @@ def weight_gradient(
         rows: who serves which pair.
         gather_left, gather_right: K if the side holds tokens.
         row_weights: w `[R]` by pair.
-        dtype: of the result.
+        dtype: type of the result.
     """
     sums = _sums_dtype(left)
     gradient = left.new_zeros(len(rows.ends), left.shape[-1], right.shape[-1], dtype=dtype)
@@ -159,7 +159,7 @@ def latent_attention(
     Args:
         queries, cached: in the latent space; of the cache the first c numbers are summed.
         rank: c.
-        scaling: of the scores.
+        scaling: factor on the scores.
         mask: bool `[B, T, L]`; a query that sees nothing gets zeros. None: the last query sees everything, and each
             one before it one token less.
     """

@@ -51,10 +51,10 @@ def weight_gradient(
     Args:
         left: `[R, L]` in sorted order, or `[N, L]` with `gather_left`.
         right: `[R, Rr]` in sorted order, or `[N, Rr]` with `gather_right`.
-        rows: of `sort_pairs`.
+        rows: what `sort_pairs` gives.
         gather_left, gather_right: K, where a row is the token of its pair.
         row_weights: `[R]` by pair, w; 1 without.
-        dtype: of the result, which is summed in float32.
+        dtype: type of the result, which is summed in float32.
         config: instead of `weight_gradient_tiles`.
     """
     left, right = with_whole_rows(left), with_whole_rows(right)

@@ -8,7 +8,7 @@ from tiny_run import TEMPLATE, counting_rows, stopped_at, tiny_base, tiny_tokeni
 from modeling_deepseek_moe.finetune.data.chat import IGNORED, encode
 from modeling_deepseek_moe.finetune.data.report import RowError
 from modeling_deepseek_moe.finetune.data.rows import load_data, recipe_rows
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -50,7 +50,7 @@ def rows_of(tmp_path, lines, **overrides):
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_ends_the_reading_unless_told_otherwise(tmp_path, name):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         rows_of(tmp_path, [json.dumps(GOOD), "", BAD[name]])
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'rows.jsonl'}, line 3: ")
@@ -121,7 +121,7 @@ def test_a_split_text_learns_every_token_once(tmp_path):
 
 
 def test_a_long_row_can_end_the_reading(tmp_path):
-    with pytest.raises(RecipeError, match="line 1: the row has 4 tokens, more than max_length=3; `long_rows: cut`"):
+    with pytest.raises(UserError, match="line 1: the row has 4 tokens, more than max_length=3; `long_rows: cut`"):
         rows_of(tmp_path, [json.dumps(GOOD)], long_rows="stop", max_length=3, bad_rows="skip")
 
 

@@ -12,7 +12,7 @@ from tiny_run import TEMPLATE, tiny_tokenizer, write_jsonl
 
 from modeling_deepseek_moe.finetune.data.rows import IGNORED, collator, encode, load_data
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 
 BOS, EOS = "<s>", "</s>"
 USER = {"role": "user", "content": "w1 w2"}
@@ -82,7 +82,7 @@ def test_what_a_template_opens_only_for_generation_is_not_taken_for_the_answer()
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     template = TEMPLATE.replace("{{ m.content }} {{ eos", "{% if loop.last %}w78 {% endif %}{{ m.content }} {{ eos")
     row = {"messages": [USER, ANSWER, USER, ANSWER]}
-    with pytest.raises(RecipeError, match="rewrites earlier turns.*use one answer a row"):
+    with pytest.raises(UserError, match="rewrites earlier turns.*use one answer a row"):
         encode(row, tiny_tokenizer(template), 64)
     assert encoded({"messages": [USER, ANSWER]}, tiny_tokenizer(template))[1] == "w78 w3 w4 </s>"
 
@@ -134,27 +134,27 @@ def test_a_changed_file_is_read_again(tmp_path):
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "w1"}\n\n' + line + "\n", encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path, str(path))
     assert f"{path}, line 3: " in str(caught.value)
     assert message in str(caught.value)
 
 
 def test_messages_need_a_chat_template(tmp_path):
-    with pytest.raises(RecipeError, match="line 1: the chat template refuses `messages`.*chat_template"):
+    with pytest.raises(UserError, match="line 1: the chat template refuses `messages`.*chat_template"):
         load(tmp_path, [{"messages": [USER, ANSWER]}], tokenizer=tiny_tokenizer(template=None))
 
 
 @pytest.mark.parametrize("source", ["absent.jsonl", "./absent", "/absent/rows"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, source):
-    with pytest.raises(RecipeError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load(tmp_path, source)
 
 
 def test_a_folder_and_an_empty_file_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         load(tmp_path, str(tmp_path))
-    with pytest.raises(RecipeError, match="no rows to learn from"):
+    with pytest.raises(UserError, match="no rows to learn from"):
         load(tmp_path, [])
 
 
@@ -189,14 +189,14 @@ FROM_HUB = """
 import sys
 from tiny_run import tiny_tokenizer
 from modeling_deepseek_moe.finetune.data.rows import load_data
-from modeling_deepseek_moe.finetune.recipe_values import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 tokenizer = tiny_tokenizer()
 for row in load_data("me/rows", "train", tokenizer, 64, sys.argv[1]):
     print(tokenizer.decode(row["input_ids"]))
 for name, split in (("me/absent", "train"), ("me/rows", "test")):
     try:
         load_data(name, split, tokenizer, 64, sys.argv[1])
-    except RecipeError as error:
+    except UserError as error:
         print(error)
 """
 

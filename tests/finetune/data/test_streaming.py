@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_run import counting_rows, stopped_at, tiny_tokenizer, tiny_values, write_jsonl
 
 from modeling_deepseek_moe.finetune.data import rows as data
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -64,14 +64,14 @@ def test_rows_are_read_as_they_are_needed(tmp_path, base):
 
 def test_a_bad_row_of_a_stream_ends_the_run_by_its_line(tmp_path, base):
     recipe = make_recipe(values(tmp_path, base, bad_rows="stop"))
-    with pytest.raises(RecipeError, match=r"rows.jsonl, line 4: a row has .*this one has txt \(`bad_rows: skip`"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 4: a row has .*this one has txt \(`bad_rows: skip`"):
         train.run(recipe)
 
 
 def test_a_stream_without_a_good_row_does_not_run_forever(tmp_path, base):
     recipe = make_recipe(values(tmp_path, base))
     write_jsonl(tmp_path / "rows.jsonl", [{"txt": "w1"}])
-    with pytest.raises(RecipeError, match="has no rows to learn from"):
+    with pytest.raises(UserError, match="has no rows to learn from"):
         train.run(recipe)
 
 
@@ -86,6 +86,6 @@ def test_a_stream_without_a_good_row_does_not_run_forever(tmp_path, base):
     ids=["nothing held out", "no end", "workers", "preferences"],
 )
 def test_what_a_stream_cannot_do_is_said(tmp_path, base, changes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         make_recipe({**values(tmp_path, base), **changes})
     make_recipe({**values(tmp_path, base), "eval_data": None, "eval_fraction": 0})

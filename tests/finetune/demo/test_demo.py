@@ -16,7 +16,7 @@ from modeling_deepseek_moe.finetune.demo import base as demo_base
 from modeling_deepseek_moe.finetune.demo import corpus as demo_corpus
 from modeling_deepseek_moe.finetune.demo import task as demo_task
 from modeling_deepseek_moe.finetune.demo.one_demo import base_folder, run_demo
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 
 MEGABYTE = 10**6
 
@@ -166,7 +166,7 @@ def test_pretraining_starts_again_from_its_last_checkpoint(tmp_path):
 
 def test_a_real_hub_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_deepseek_moe.finetune.demo.one_demo.get_token", lambda: None)
-    with pytest.raises(RecipeError, match="no token to write to 'me/model': run `hf auth login`"):
+    with pytest.raises(UserError, match="no token to write to 'me/model': run `hf auth login`"):
         run_demo(tmp_path / "demo", hub_id="me/model")
     assert not (tmp_path / "demo").exists()
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.chat import encode
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.evaluate import chat as chat_module
 from modeling_deepseek_moe.finetune.evaluate.answers import stop_tokens
 from modeling_deepseek_moe.finetune.evaluate.conversation import Conversation
@@ -221,14 +221,14 @@ def test_wrong_options_end_in_one_line(base, options, message):
 
 def test_a_tokenizer_without_a_template_cannot_chat(base):
     model = tiny_model(tiny_config("v3", pad_token_id=2))
-    with pytest.raises(RecipeError, match="no chat template, so there is no telling how to talk to it"):
+    with pytest.raises(UserError, match="no chat template, so there is no telling how to talk to it"):
         Conversation(model, tiny_tokenizer(None))
 
 
 def test_a_template_that_refuses_the_system_message_is_named():
     model = tiny_model(tiny_config("v3", pad_token_id=2))
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    with pytest.raises(RecipeError, match="the chat template refuses this: no system here"):
+    with pytest.raises(UserError, match="the chat template refuses this: no system here"):
         Conversation(model, tiny_tokenizer(strict), system="w1")
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.chat import encode_whole
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.evaluate.answers import Question, generate_answers, question_of
 from modeling_deepseek_moe.finetune.evaluate.harness import load_tasks, run_tasks
 from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
@@ -261,7 +261,7 @@ def test_an_unknown_task_names_the_nearest_one(monkeypatch):
             assert include_defaults
 
     monkeypatch.setattr(tasks, "TaskManager", Manager)
-    with pytest.raises(RecipeError, match="unknown task 'arc_eazy': did you mean 'arc_easy'?"):
+    with pytest.raises(UserError, match="unknown task 'arc_eazy': did you mean 'arc_easy'?"):
         load_tasks(["arc_eazy"])
 
 
@@ -271,7 +271,7 @@ def test_a_model_of_another_tokenizer_is_no_before(base, tmp_path):
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(other)
     write_jsonl(tmp_path / "rows.jsonl", counting_rows("prompt"))
-    with pytest.raises(RecipeError, match="have different tokenizers"):
+    with pytest.raises(UserError, match="have different tokenizers"):
         evaluate_model(base, before=other, data=tmp_path / "rows.jsonl", output=tmp_path / "out")
 
 
@@ -338,6 +338,6 @@ def test_a_resumed_run_finds_what_was_measured_before_the_first_step(go, tmp_pat
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_a_metric_that_cannot_be_measured_ends_in_one_line(go, overrides, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         go(**overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ from tiny import tiny_config, tiny_model
 from tiny_run import WORDS, tiny_tokenizer
 from torch import nn
 
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.evaluate import perplexity
 from modeling_deepseek_moe.finetune.evaluate.perplexity import TextScore, read_text, score_text
 
@@ -95,7 +95,7 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, content, message):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(RecipeError, match=f"text.txt.*{message}"):
+    with pytest.raises(UserError, match=f"text.txt.*{message}"):
         read_text(path)
 
 
@@ -110,5 +110,5 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, content, message):
     ids=str,
 )
 def test_windows_that_do_not_fit_are_refused(model, text, options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         score_text(model, tiny_tokenizer(), text, **options)

@@ -11,7 +11,7 @@ from tiny_run import counting_rows, tiny_base, write_jsonl
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.main import app
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.experts.routing import RoutingTotals
 from modeling_deepseek_moe.finetune.experts.score_data import sample_of, score_rows
 from modeling_deepseek_moe.finetune.experts.scores import (
@@ -166,7 +166,7 @@ def test_a_choice_that_is_not_of_the_model_ends_in_one_line(tmp_path, text, mess
     path = tmp_path / "expert_cfg.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         read_choice(path, v3_config(), "tiny")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

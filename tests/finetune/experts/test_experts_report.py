@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.rows import encode
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.experts import report as experts_report
 from modeling_deepseek_moe.finetune.experts.plots import expert_map
 from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -227,14 +227,14 @@ def test_an_adapter_of_the_prompt_is_refused(tmp_path, base, one):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with known_warnings():
         get_peft_model(DeepseekMoeForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(RecipeError, match="adds tokens to the prompt: only adapters of weights"):
+    with pytest.raises(UserError, match="adds tokens to the prompt: only adapters of weights"):
         report_experts(base, one, output_dir=tmp_path / "out", adapter=tmp_path / "prompt")
 
 
 def test_an_adapter_of_a_deeper_model_is_refused(tmp_path, base, one):
     deeper = tiny_base(tmp_path / "deeper", num_hidden_layers=5)
     adapter = with_adapter(deeper, tmp_path / "adapter", ["attention"])
-    with pytest.raises(RecipeError, match=r"does not fit the model, which has no place for .*layers\.4\."):
+    with pytest.raises(UserError, match=r"does not fit the model, which has no place for .*layers\.4\."):
         report_experts(base, one, output_dir=tmp_path / "out", adapter=adapter)
 
 

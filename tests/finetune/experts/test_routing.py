@@ -6,7 +6,7 @@ from datasets import Dataset
 from reference import route
 from tiny import tiny_config, tiny_ids, tiny_model
 
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.experts.routing import (
     claimed_experts,
     padded_batches,
@@ -92,11 +92,11 @@ def test_head_and_multi_token_layers_do_not_run_and_no_hook_is_left():
 
 def test_a_model_without_experts_or_with_broken_weights_is_refused():
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
-    with pytest.raises(RecipeError, match="has no layer with routed experts"):
+    with pytest.raises(UserError, match="has no layer with routed experts"):
         routing_totals(tiny_model(tiny_config("v3", first_k_dense_replace=3)), [batch])
     model = tiny_model(tiny_config("v3"))
     model.model.layers[1].mlp.experts.down_proj.data.fill_(float("inf"))
-    with pytest.raises(RecipeError, match="router of layer 2 .* not finite in float32: try another dtype"):
+    with pytest.raises(UserError, match="router of layer 2 .* not finite in float32: try another dtype"):
         routing_totals(model, [batch])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

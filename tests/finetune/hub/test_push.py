@@ -14,7 +14,7 @@ from tiny import tiny_ids
 from tiny_run import HUB_TOKEN, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.hub.upload import RECORD
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -158,19 +158,19 @@ def test_a_card_that_somebody_wrote_is_pushed_as_it_is(run, push, api, tmp_path)
 def test_another_model_is_not_overwritten_unless_that_is_asked_for(run, sharded, push, api):
     api.create_repo("me/thesis", private=True)
     api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="me/thesis")
-    with pytest.raises(RecipeError, match=r"me/thesis holds something that deepseek-moe did not push \(config.json\)"):
+    with pytest.raises(UserError, match=r"me/thesis holds something that deepseek-moe did not push \(config.json\)"):
         push(run, "me/thesis")
     assert api.list_repo_files("me/thesis") == ["config.json"]
 
     push(sharded, "me/thesis", force=True)
     assert "model.safetensors.index.json" in api.list_repo_files("me/thesis")
-    with pytest.raises(RecipeError, match="me/thesis holds the model of another run"):
+    with pytest.raises(UserError, match="me/thesis holds the model of another run"):
         push(run, "me/thesis")
     push(run, "me/thesis", force=True)
     files = api.list_repo_files("me/thesis")
     assert "adapter_config.json" in files and "config.json" not in files
     assert not any(name.startswith("model") for name in files)
-    with pytest.raises(RecipeError, match="me/thesis holds this run too, but as adapter"):
+    with pytest.raises(UserError, match="me/thesis holds this run too, but as adapter"):
         push(run, "me/thesis", merged=True)
     push(run, "me/thesis")
 
@@ -187,7 +187,7 @@ def test_weights_of_an_earlier_push_of_the_same_run_go_and_other_files_stay(run,
 def test_who_sees_a_repository_is_never_changed_in_silence(run, push, api):
     push(run, "me/tuned", private=False)
     assert not api.model_info("me/tuned").private
-    with pytest.raises(RecipeError, match="me/tuned is public already"):
+    with pytest.raises(UserError, match="me/tuned is public already"):
         push(run, "me/tuned", private=True)
     push(run, "me/tuned")
     push(run, "me/hidden")
@@ -206,7 +206,7 @@ def test_a_stopped_push_says_how_to_go_on_and_does_not_merge_again(run, push, ap
     assert len(written) == 1
     push(run, "me/model", merged=True)
     assert not list(run.parent.glob("*.aside"))
-    with pytest.raises(RecipeError, match="not a licence id"):
+    with pytest.raises(UserError, match="not a licence id"):
         push(run, "me/other", license="Apache 2.0")
     assert not api.repo_exists("me/other")
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.demo.hub_store import Blobs, HubError
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.hub.push import push_run
 from modeling_deepseek_moe.finetune.hub.upload import RECORD, without_secrets
 
@@ -49,7 +49,7 @@ def test_a_hub_that_is_out_of_order_is_asked_again_and_gets_nothing_twice(sharde
 
 def test_a_push_that_failed_is_finished_by_the_same_call(sharded, push, api, tmp_path, monkeypatch):
     uploads, waits = Uploads(monkeypatch, allowed=2), []
-    with pytest.raises(RecipeError, match=r"507.*is complete, and the same command goes on with the upload"):
+    with pytest.raises(UserError, match=r"507.*is complete, and the same command goes on with the upload"):
         push(sharded, "me/model", sleep=waits.append)
     assert waits == [2, 8, 30, 120]
     assert api.list_repo_files("me/model") == [RECORD]
@@ -66,7 +66,7 @@ def test_what_the_hub_refuses_is_not_tried_again(sharded, push, monkeypatch):
         raise HubError(HTTPStatus.FORBIDDEN, "Forbidden", "your plan has no room for this")
 
     monkeypatch.setattr(Blobs, "add_stream", add_stream)
-    with pytest.raises(RecipeError, match="403"):
+    with pytest.raises(UserError, match="403"):
         push(sharded, "me/model", sleep=lambda seconds: pytest.fail("waited"))
 
 
@@ -75,7 +75,7 @@ def test_no_token_is_printed_when_the_hub_repeats_it(sharded, hub, monkeypatch):
         raise HubError(HTTPStatus.FORBIDDEN, "Forbidden", f"{HUB_TOKEN} may not write, nor may hf_anotheronehere42")
 
     monkeypatch.setattr(Blobs, "add_stream", add_stream)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         push_run(sharded, "me/model", endpoint=hub.endpoint, token=HUB_TOKEN)
     shown = "".join(traceback.format_exception(caught.value))
     assert "may not write" in shown
@@ -110,7 +110,7 @@ def spoiled(folder, name):
 )
 def test_nothing_of_a_broken_folder_is_uploaded(sharded, push, api, spoil, message):
     spoil(sharded)
-    with pytest.raises((RecipeError, CheckpointError), match=message):
+    with pytest.raises((UserError, CheckpointError), match=message):
         push(sharded, "me/model")
     assert not api.repo_exists("me/model")
     assert not list(sharded.parent.glob("*.aside"))

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_layout import parameter_counts
 from modeling_deepseek_moe.cli.main import app
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.model.load import add_adapters
 from modeling_deepseek_moe.finetune.plan.fit import need_of, plan_recipe, read_memory
-from modeling_deepseek_moe.finetune.plan.memory import OPTIMIZERS, Plan
+from modeling_deepseek_moe.finetune.plan.memory import OPTIMIZERS, MemoryPlan
 from modeling_deepseek_moe.finetune.plan.report import TABLE_MODELS, plan_facts, plan_table, smallest_fit
 from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, make_recipe
 from modeling_deepseek_moe.presets import released_json
@@ -87,7 +87,7 @@ def test_the_peak_of_a_real_step_is_within_a_tenth(measured_step, name):
     fields, values = STEPS[name]
     values, padded = {**_BATCH, **values}, "padded" in name
     peak = measured_step(fields, values, padded)
-    memory = Plan(DeepseekMoeConfig.from_dict(fields), recipe_of(**values), "cpu").memory(is_padded=padded)
+    memory = MemoryPlan(DeepseekMoeConfig.from_dict(fields), recipe_of(**values), "cpu").memory(is_padded=padded)
     assert memory.peak == pytest.approx(peak, rel=BOUND)
     assert memory.peak - memory.static == pytest.approx(peak - memory.static, rel=BOUND)
 
@@ -99,7 +99,7 @@ def test_weights_are_those_of_the_whole_model_with_adapters(lineage, targets):
     recipe = recipe_of(**{"lora.targets": targets, "lora.r": 3} if targets else {}, dtype="bfloat16")
     model = add_adapters(tiny_model(config).to(torch.bfloat16), recipe)
     tensors = [*model.parameters(), *model.buffers()]
-    memory = Plan(config, recipe).memory()
+    memory = MemoryPlan(config, recipe).memory()
     assert sum(memory.weights.values()) == sum(tensor.nbytes for tensor in tensors)
     assert memory.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory.all_gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -110,7 +110,7 @@ def test_adapters_on_some_layers_are_counted_there():
     layers = [2, 4, 5]
     recipe = recipe_of(**{"lora.targets": ["attention"], "lora.layers_to_transform": layers})
     model = add_adapters(tiny_model(config), recipe)
-    assert Plan(config, recipe).memory().trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert MemoryPlan(config, recipe).memory().trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_a_model_of_671_billion_parameters_is_planned_whole():
@@ -129,7 +129,7 @@ def test_a_model_of_671_billion_parameters_is_planned_whole():
 )
 def test_optimizer_states_are_counted_by_the_optimizer(optim, bytes_of_a_number):
     config = DeepseekMoeConfig.from_dict(released_json("deepseek-v2-lite"))
-    memory = Plan(config, recipe_of(**{"training.optim": optim}, dtype="bfloat16")).memory()
+    memory = MemoryPlan(config, recipe_of(**{"training.optim": optim}, dtype="bfloat16")).memory()
     # Norms are too small for eight bits.
     assert memory.optimizer == pytest.approx(memory.trained * bytes_of_a_number, rel=1e-3)
 
@@ -146,7 +146,7 @@ def test_four_bits_take_four_and_a_half_and_are_not_sharded():
     name = "weights: routed experts"
     assert nf4["parts"][name] == plain["parts"][name] * 4.5 / 16
     config = DeepseekMoeConfig.from_dict(released_json("deepseek-v2-lite"))
-    plan = Plan(config, plan_recipe("lora_shared", "deepseek-v2-lite", ["quantization=nf4"]))
+    plan = MemoryPlan(config, plan_recipe("lora_shared", "deepseek-v2-lite", ["quantization=nf4"]))
     assert need_of(plan, plan.memory(), gpus=8) == need_of(plan, plan.memory())
 
 
@@ -155,7 +155,7 @@ def test_esft_has_gradients_of_the_chosen_experts_only(tmp_path):
     chosen = {str(layer): [5, 9, 40] for layer in range(1, 27)}
     path.write_text(json.dumps({"experts": chosen, "shared_experts": False, "non_expert_modules": False}))
     config = DeepseekMoeConfig.from_dict(released_json("deepseek-v2-lite"))
-    memory = Plan(config, recipe_of(**{"esft.experts": str(path)})).memory()
+    memory = MemoryPlan(config, recipe_of(**{"esft.experts": str(path)})).memory()
     assert memory.trained == 26 * 3 * 3 * 2048 * 1408
     assert memory.all_gradients == 4 * memory.trained
 
@@ -266,5 +266,5 @@ def test_the_readmes_table_is_what_the_command_prints():
 
 def test_units_are_binary_and_need_no_case():
     assert read_memory("24GB") == read_memory("24 gib") == read_memory("24576MiB") == 24 * 2**30
-    with pytest.raises(RecipeError, match="unit"):
+    with pytest.raises(UserError, match="unit"):
         read_memory("24 bits")

@@ -3,7 +3,7 @@
 import pytest
 from tiny_run import tiny_base, tiny_values
 
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -29,7 +29,7 @@ def broken(base, case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_cannot_begin_leaves_no_folder(case, base, tmp_path):
     overrides, message = broken(base, case)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         train.run(make_recipe(tiny_values(tmp_path, base, **overrides)))
     assert not (tmp_path / "run").exists()
 
@@ -39,6 +39,6 @@ def test_a_later_failure_keeps_what_an_earlier_run_left(base, tmp_path):
     train.run(first)
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     broken(base, "a truncated model")
-    with pytest.raises(RecipeError, match="is truncated or padded"):
+    with pytest.raises(UserError, match="is truncated or padded"):
         train.run(first)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before

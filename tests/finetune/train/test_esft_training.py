@@ -12,7 +12,7 @@ from tiny_run import full, stopped_at, tiny_base, tiny_values
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion.one_conversion import convert
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.model.chosen_experts import ChosenExperts, release, train_chosen
 from modeling_deepseek_moe.finetune.model.counting import blocks_of
 from modeling_deepseek_moe.finetune.model.esft_adapter import load_esft_adapter, save_esft_adapter
@@ -248,14 +248,14 @@ def test_another_choice_is_another_run(go, tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_run_ends_in_one_line_and_leaves_nothing(go, tmp_path, overrides, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         go(**{"esft.score": "token", **overrides})
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "a" / "run").exists()
 
 
 def test_a_choice_made_for_a_larger_model_ends_in_one_line(go, tmp_path):
-    with pytest.raises(RecipeError, match="layer 1 names expert 56, of 8"):
+    with pytest.raises(UserError, match="layer 1 names expert 56, of 8"):
         go(**given(tmp_path, experts={"1": [3, 56]}))
     assert not (tmp_path / "a" / "run").exists()
 
@@ -267,7 +267,7 @@ def test_an_adapter_of_another_model_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="the model is in training"):
         load_esft_adapter(other, tmp_path / "adapter")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RecipeError, match="cannot put adapter .* on the model: "):
+    with pytest.raises(UserError, match="cannot put adapter .* on the model: "):
         put_adapter(model, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"proj.weight is \[.*\], not \[.*\] as in the model"):
         load_esft_adapter(model, tmp_path / "adapter")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import tiny_values
 from transformers import TrainerCallback
 
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -39,7 +39,7 @@ def spoil(monkeypatch, step, where):
 @pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clipped", "not clipped"])
 def test_a_number_that_is_none_stops_the_run_before_it_spoils_anything(go, tmp_path, monkeypatch, where, named, clip):
     spoil(monkeypatch, 4, where)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         go(**{"training.max_grad_norm": clip})
     run = tmp_path / "run"
     message = str(caught.value)
@@ -55,7 +55,7 @@ def test_a_number_that_is_none_stops_the_run_before_it_spoils_anything(go, tmp_p
 
 def test_a_broken_loss_before_the_first_checkpoint_says_so(go, monkeypatch):
     spoil(monkeypatch, 1, "loss")
-    with pytest.raises(RecipeError, match="at step 1; .*no checkpoint was written yet"):
+    with pytest.raises(UserError, match="at step 1; .*no checkpoint was written yet"):
         go()
 
 
@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(tmp_path, base,
 
         patch.setattr(train.FineTuner, "__init__", patched)
         patch.setattr(train, "check_room", lambda *a: None)
-        with pytest.raises(RecipeError, match=r"the disk of .* is full .*checkpoint-2 is saved; free about") as caught:
+        with pytest.raises(UserError, match=r"the disk of .* is full .*checkpoint-2 is saved; free about") as caught:
             train.run(recipe)
     assert "\n" not in str(caught.value)
     assert train.run(recipe)["resumed_from"] == "checkpoint-2"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.hub import upload as publish
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
@@ -211,7 +211,7 @@ def test_a_model_without_a_routing_bias_cannot_have_it_moved(tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_run_ends_in_one_line(go, overrides, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         go(**overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -223,7 +223,7 @@ def test_a_tokenizer_of_another_model_is_refused(go, base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens([f"new{i}" for i in range(30)])
     tokenizer.save_pretrained(other)
-    with pytest.raises(RecipeError, match="vocab_size=96 but its tokenizer knows 116 tokens"):
+    with pytest.raises(UserError, match="vocab_size=96 but its tokenizer knows 116 tokens"):
         go(model=str(other))
 
 
@@ -253,7 +253,7 @@ def test_a_killed_process_goes_on_from_its_last_whole_checkpoint(tmp_path, base)
 PUSH = """
 import sys
 from modeling_deepseek_moe.finetune.recipe.load import load_recipe
-from modeling_deepseek_moe.finetune.train import run
+from modeling_deepseek_moe.finetune.train.one_run import run
 print(run(load_recipe(sys.argv[1]))["hub"])
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained("me/tuned")).__name__)
@@ -281,7 +281,7 @@ def test_the_result_is_pushed_and_loads_by_name(tmp_path, base):
 
 
 def test_a_hub_that_refuses_ends_in_one_line(tmp_path):
-    with LocalHub(tmp_path / "hub") as hub, pytest.raises(RecipeError) as caught:
+    with LocalHub(tmp_path / "hub") as hub, pytest.raises(UserError) as caught:
         publish.make_repo("me/tuned", endpoint=hub.endpoint, token=False)
     assert "cannot write to 'me/tuned' on the Hub: " in str(caught.value)
     assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)
@@ -290,6 +290,6 @@ def test_a_hub_that_refuses_ends_in_one_line(tmp_path):
 def test_an_upload_that_fails_says_that_the_result_is_safe(tmp_path, base):
     with (
         LocalHub(tmp_path / "hub") as hub,
-        pytest.raises(RecipeError, match="upload to 'me/none' failed.*is complete"),
+        pytest.raises(UserError, match="upload to 'me/none' failed.*is complete"),
     ):
         publish.push(base, "me/none", endpoint=hub.endpoint, token="any")

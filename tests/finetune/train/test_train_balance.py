@@ -8,7 +8,7 @@ from peft import PeftModel
 from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -86,5 +86,5 @@ def test_a_run_of_a_dense_model_has_no_experts_to_watch(tmp_path):
 
 
 def test_a_balance_field_that_the_model_cannot_have_ends_in_one_line(tmp_path, base):
-    with pytest.raises(RecipeError, match="n_routed_experts=8 is not divisible among balance_devices=3"):
+    with pytest.raises(UserError, match="n_routed_experts=8 is not divisible among balance_devices=3"):
         train.run(make_recipe(values(tmp_path / "run", base, **{"losses.balance_devices": 3})))
