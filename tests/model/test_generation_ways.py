@@ -21,7 +21,7 @@ FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 @functools.cache
 def model_of(name: str) -> DeepseekMoeForCausalLM:
-    """A golden folder's model, or a lineage's with MTP modules, which no golden folder has; texts have no end token."""
+    """A golden folder's model, or a lineage's with MTP modules, which no golden folder has; without an end token."""
     if name in CONFIG_OF_LINEAGE:
         model = tiny_model(tiny_config(name, num_nextn_predict_layers=2))
     else:
