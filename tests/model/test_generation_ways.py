@@ -4,12 +4,11 @@ Tokens are compared exactly: the models are float32 and their two best logits li
 """
 
 import functools
-import json
 
 import pytest
 import torch
 from places import GOLDEN
-from tiny import kimi_config, tiny_ids, tiny_model
+from tiny import CONFIG_OF_LINEAGE, tiny_config, tiny_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
@@ -17,15 +16,16 @@ from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
 STEPS = 12
 PAD = 2
-CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/config.json"))}
-FOLDERS = list(CONFIGS)
-WITH_MTP = [name for name, config in CONFIGS.items() if config.get("num_nextn_predict_layers")]
+FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 
 @functools.cache
 def model_of(name: str) -> DeepseekMoeForCausalLM:
-    """A golden folder's model, or Kimi-K2's, which has none; without an end token, so texts are of one length."""
-    model = tiny_model(kimi_config()) if name == "kimi" else DeepseekMoeForCausalLM.from_pretrained(GOLDEN / name)
+    """A golden folder's model, or a lineage's with MTP modules, which no golden folder has; without an end token."""
+    if name in CONFIG_OF_LINEAGE:
+        model = tiny_model(tiny_config(name, num_nextn_predict_layers=2))
+    else:
+        model = DeepseekMoeForCausalLM.from_pretrained(GOLDEN / name)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model.eval()
@@ -104,7 +104,7 @@ def test_greedy_text_is_that_of_running_everything_again(name, way):
     assert torch.equal(text, recomputed(name, len(text)))
 
 
-@pytest.mark.parametrize("name", WITH_MTP)
+@pytest.mark.parametrize("name", CONFIG_OF_LINEAGE)
 def test_text_drafted_by_mtp_modules_is_that_of_running_everything_again(name):
     assert torch.equal(generated(name, 1, use_mtp=True), recomputed(name, 1))
 
