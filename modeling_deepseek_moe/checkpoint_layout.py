@@ -14,6 +14,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from .families import FAMILIES
 from .fp8_blocks import SCALE_SUFFIX, scale_shape
+from .parts import is_linear_weight, part_of
 
 EXPERT_STACKING = [
     WeightConverter(
@@ -35,8 +36,6 @@ MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.h
 # Those, and rotary tables of older exports.
 REDUNDANT_TENSORS = [*(rf"layers\.\d+\.{re.escape(name)}$" for name in MTP_COPIES), r"inv_freq$"]
 _REDUNDANT = re.compile("|".join(REDUNDANT_TENSORS))
-# The linear layers of attention and MLPs; not router, norms, embedding, head and the MTP modules' eh_proj.
-_FP8_WEIGHT = re.compile(r"\.(?:self_attn|mlp(?:\.shared_experts|\.experts\.\d+)?)\.\w+_proj(?:_with_mqa)?\.weight$")
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
@@ -85,7 +84,7 @@ def parameter_counts(config) -> tuple[int, int]:
             continue
         size = torch.Size(shape).numel()
         total += size
-        if ".mlp.experts." in name:
+        if part_of(name) == "routed_experts":
             active += size * share
         elif not name.endswith("e_score_correction_bias"):
             active += size
@@ -105,8 +104,11 @@ def is_mtp_tensor(name: str, config) -> bool:
 
 
 def is_fp8_weight(name: str) -> bool:
-    """Whether DeepSeek publishes this tensor in FP8 blocks, where a checkpoint is in FP8 at all (FACTS 3.4)."""
-    return _FP8_WEIGHT.search(name) is not None
+    """Whether DeepSeek publishes this tensor in FP8 blocks, where a checkpoint is in FP8 at all (FACTS 3.4).
+
+    Router, norms, embedding, head and the MTP modules' eh_proj stay as they are.
+    """
+    return is_linear_weight(name)
 
 
 def is_redundant(name: str) -> bool:

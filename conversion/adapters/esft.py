@@ -12,6 +12,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, SINGLE_NAME, check_fp8_scales, read_entries
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.parts import expert_of, layer_of, part_of
 
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
@@ -20,9 +21,7 @@ from ..engine.writing import Reader, same_bytes
 
 ESFT_CONFIG = "expert_cfg.json"
 
-_EXPERT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\..+")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,4}")
-_SHARED = ".mlp.shared_experts."
 _FIELDS = {"experts": dict, "shared_experts": bool, "non_expert_modules": bool}
 _COMPARED_AT_ONCE = 4
 
@@ -184,9 +183,9 @@ def _expert_cfg(config: DeepseekMoeConfig, names: set[str]) -> dict[str, Any]:
     experts: dict[int, set[int]] = {layer: set() for layer in range(depth) if config.is_moe_layer(layer)}
     shared = others = False
     for name in names:
-        if expert := _EXPERT.fullmatch(name):
-            experts[int(expert["layer"])].add(int(expert["expert"]))
-        elif _SHARED in name:
+        if (expert := expert_of(name)) is not None:
+            experts[layer_of(name)].add(expert)
+        elif part_of(name) == "shared_experts":
             shared = True
         else:
             others = True
@@ -196,12 +195,11 @@ def _expert_cfg(config: DeepseekMoeConfig, names: set[str]) -> dict[str, Any]:
 
 def trained_names(config_json: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
     """The names among `names` of the tensors that an `expert_cfg.json` says were trained."""
-    chosen = {(layer, str(expert)) for layer, experts in config_json["experts"].items() for expert in experts}
+    chosen = {(int(layer), expert) for layer, experts in config_json["experts"].items() for expert in experts}
     for name in names:
-        expert = _EXPERT.fullmatch(name)
-        if expert:
-            is_trained = expert.group("layer", "expert") in chosen
+        if (expert := expert_of(name)) is not None:
+            is_trained = (layer_of(name), expert) in chosen
         else:
-            is_trained = config_json["shared_experts" if _SHARED in name else "non_expert_modules"]
+            is_trained = config_json["shared_experts" if part_of(name) == "shared_experts" else "non_expert_modules"]
         if is_trained:
             yield name

@@ -17,6 +17,7 @@ import torch
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_layout import MTP_COPIES
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
+from modeling_deepseek_moe.parts import part_of
 
 from ..engine.operations import Copy, Dequantize, Operation, Quantize
 from ..engine.plan import Step, TensorSpec
@@ -210,7 +211,7 @@ def _with_copies(source: SourceCheckpoint, name: str) -> list[str]:
 def _deltas(source: SourceCheckpoint, adapter: LoraAdapter, pairs: dict[str, Pair]) -> dict[str, Delta]:
     factors, deltas = Factors(adapter), {}
     for name, pair in pairs.items():
-        whole = Delta(factors, pair, name in adapter.parameters or ".mlp.experts." in name)
+        whole = Delta(factors, pair, name in adapter.parameters or part_of(name) == "routed_experts")
         if pair.experts:
             parts = _expert_parts(source, adapter, name, whole)
         else:

@@ -128,15 +128,6 @@ class QuantizationError:
         self.tensors += other.tensors
 
 
-def tensor_class(name: str) -> str:
-    """Which part of a layer a weight belongs to, in the words of `lora.targets`."""
-    if ".self_attn." in name:
-        return "attention"
-    if ".mlp.experts." in name:
-        return "routed_experts"
-    return "shared_experts" if ".mlp.shared_experts." in name else "dense_mlp"
-
-
 def _dequantized_plainly(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """The same as `dequantize_blocks` in float32 by another way, so that a check does not repeat its mistake."""
     rows, columns = weight.shape

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.parts import part_of
 
-from .operations import Copy, QuantizationError, Quantize, tensor_class
+from .operations import Copy, QuantizationError, Quantize
 from .plan import Plan, Shard, Step
 from .slices import Joined
 from .source import SourceCheckpoint
@@ -194,7 +195,7 @@ def _convert_file(
     def wait_for_first() -> None:
         step, future = running.popleft()
         if error := future.result():
-            errors.setdefault(tensor_class(step.outputs[0].name), QuantizationError()).merge(error)
+            errors.setdefault(part_of(step.outputs[0].name), QuantizationError()).merge(error)
         on_progress(shard.file, sum(spec.size for spec in step.outputs))
 
     with part.open("wb") as file, ExitStack() as stack:

@@ -6,12 +6,13 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import TensorEntry
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_mtp_tensor, is_redundant
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.parts import expert_of
 
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
 from ..engine.slices import Joined, Sliced
 from .inference_config import BIASED_WIDTH, INFERENCE, model_args
-from .inference_shards import ARGS_NAME, MTP_NAME, expert_of, inference_name, rank_file, sliced_dim
+from .inference_shards import ARGS_NAME, MTP_NAME, inference_name, rank_file, sliced_dim
 from .inference_source import JoinedCheckpoint, open_ranks
 
 _WORDS = ("rows", "columns")

@@ -8,6 +8,7 @@ no multi-token prediction, so MTP modules lie beside them under their published 
 import re
 
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
+from modeling_deepseek_moe.parts import expert_of, layer_of
 
 MTP_NAME = "mtp.safetensors"
 # Not config.json: that one is the published model's, which tokenizers are looked up by.
@@ -39,8 +40,6 @@ _MODULE_OF = {name: module for module, (name, _) in _MODULES.items()}
 _PART_OF = {name: part for part, name in _PARTS.items()}
 _LEAF_OF = {name: leaf for leaf, name in _LEAVES.items()}
 _RANK_FILE = re.compile(r"model(0|[1-9][0-9]{0,5})-mp([1-9][0-9]{0,5})\.safetensors")
-_EXPERT = re.compile(r"\.mlp\.experts\.([0-9]{1,9})\.")
-_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 
 
 def rank_file(rank: int, mp: int) -> str:
@@ -76,21 +75,10 @@ def published_name(name: str) -> str | None:
     if len(parts) == 2:
         return ".".join(published if module == "lm_head" else ["model", *published])
     result = ".".join(["model", *published])
-    return result if layer_of(result) is not None and inference_name(result) == name else None
+    is_layer = result.startswith("model.layers.") and layer_of(result) is not None
+    return result if is_layer and inference_name(result) == name else None
 
 
 def sliced_dim(name: str) -> int | None:
     """The dimension along which ranks share the tensor published as `name`; None if each has it whole."""
     return None if expert_of(name) is not None else _MODULES[name.split(".")[-2]][1]
-
-
-def expert_of(name: str) -> int | None:
-    """The routed expert that a tensor belongs to, or None."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a published tensor belongs to, or None."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None

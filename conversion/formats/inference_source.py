@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, INDEX_NAME, SINGLE_NAME, TensorEntry, read_entries
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
+from modeling_deepseek_moe.parts import expert_of, layer_of
 
 from ..engine.slices import Pieces
 from ..engine.source import (
@@ -26,8 +27,6 @@ from .inference_config import check_agreement, config_json_of, read_model_args
 from .inference_shards import (
     ARGS_NAME,
     MTP_NAME,
-    expert_of,
-    layer_of,
     published_name,
     rank_file,
     rank_key,

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from modeling_deepseek_moe.conversion.adapters.esft import trained_names
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
 from modeling_deepseek_moe.kernels.sorted.experts import sorted_experts
+from modeling_deepseek_moe.parts import PARTS, part_of
 
 from .counting import blocks_of
-
-_STACKED = ".mlp.experts."
 
 
 class ChosenExperts(nn.Module):
@@ -105,7 +104,7 @@ def train_chosen(model: PreTrainedModel, expert_cfg: Mapping[str, Any]) -> None:
     for layer, block in blocks_of(model).items():
         if chosen := expert_cfg["experts"].get(str(layer)):
             block.experts = ChosenExperts(block.experts, chosen)
-    others = {name: parameter for name, parameter in model.named_parameters() if _STACKED not in name}
+    others = {name: parameter for name, parameter in model.named_parameters() if not _is_routed(name)}
     for name in trained_names(expert_cfg, others):
         others[name].requires_grad_(True)
     model.freeze_idle_mtp()
@@ -144,7 +143,7 @@ def published_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     if "model.embed_tokens.weight" not in state:
         raise ValueError(f"{type(model).__name__} has no tensors of the names that an ESFT adapter has")
-    tensors = {name: tensor for name, tensor in state.items() if _STACKED not in name}
+    tensors = {name: tensor for name, tensor in state.items() if not _is_routed(name)}
     for layer, block in blocks_of(model).items():
         experts, places = block.experts, range(model.config.n_routed_experts)
         if isinstance(experts, ChosenExperts):
@@ -155,9 +154,13 @@ def published_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         for expert, place in enumerate(places):
             gate, up = experts.gate_up_proj.detach()[place].chunk(2)
             parts = {"gate": gate, "up": up, "down": experts.down_proj.detach()[place]}
-            name = f"model.layers.{layer}{_STACKED}{expert}.{{}}_proj.weight"
+            name = f"model.layers.{layer}.{PARTS['routed_experts'].place}.{expert}.{{}}_proj.weight"
             tensors |= {name.format(part): tensor for part, tensor in parts.items()}
     return tensors
+
+
+def _is_routed(name: str) -> bool:
+    return part_of(name) == "routed_experts"
 
 
 def _master(weight: torch.Tensor) -> torch.Tensor:

@@ -9,18 +9,24 @@ from transformers import Trainer
 from ..errors import RecipeError
 from ..model.load import trains_adapter
 from ..recipe.schema import Recipe
-
-# What the optimizer keeps for each trained weight, in its size; two where not named, as Adam does.
-_STATES = {"sgd": 0, "adafactor": 1, "adagrad": 1, "rmsprop": 1}
+from .memory import OPTIMIZERS, optimizer_bytes
+from .model import Parameter
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """What one checkpoint takes: the weights it holds, and the optimizer's state."""
-    trained = _bytes(trainer.model, trained=True)
-    weights = trained if trains_adapter(trainer.model) else _bytes(trainer.model)
-    optimizer = trainer.args.optim
-    states = 0 if trainer.args.save_only_model else _STATES.get(getattr(optimizer, "value", optimizer), 2)
-    return weights + states * trained
+    """Bytes of one checkpoint: the weights it holds, and the optimizer's state (as Adam's, if it is none we know)."""
+    model, optimizer = trainer.model, trainer.args.optim
+    weights = _bytes(model, trained=trains_adapter(model))
+    if trainer.args.save_only_model:
+        return weights
+    trained = [
+        Parameter(name, tuple(p.shape), p.element_size(), is_trained=True)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    name = getattr(optimizer, "value", optimizer)
+    states, _ = optimizer_bytes(name if name in OPTIMIZERS else "adamw_torch", trained, trainer.args.device.type)
+    return weights + states
 
 
 def check_room(trainer: Trainer, recipe: Recipe, folder: Path) -> None:

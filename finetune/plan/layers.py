@@ -7,14 +7,19 @@ is. N tokens in a micro-batch; a, s, w the bytes of a number in the products, in
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
-from modeling_deepseek_moe.kernels.sorted.rows import filled
+from modeling_deepseek_moe.kernels.held_bytes import (
+    FLOAT,
+    INDEX,
+    ExpertsPass,
+    HeldBytes,
+    all_at_once_bytes,
+    grouped_mm_bytes,
+    one_by_one_bytes,
+)
 
 from ..model.chosen_experts import ChosenExperts
-
-FLOAT, INDEX = 4, 8
 
 
 @dataclass(frozen=True)
@@ -199,39 +204,28 @@ def mlp_stages(name: str, mlp: nn.Module, hidden: int, shape: Shape) -> tuple[St
     return gate_up, down
 
 
-def experts_bytes(config, experts: nn.Module, shape: Shape) -> tuple[int, int, int]:
-    """Routed experts: saved, and needed besides in forward and in backward; S = N K pairs of token and expert.
+def experts_bytes(config, experts: nn.Module, shape: Shape) -> HeldBytes:
+    """What a layer's routed experts hold; `kernels/held_bytes.py` says what each of their bodies does.
 
-    own kernels  saved: gate_up `[S, 2I]`, t and u `[S, R]` of adapters, indices. Besides: sums `[N, H]` in float32;
-                 rows of x, h, y and their gradients, of one expert after the other on CPU and in four bits (with its
-                 dequantised weights), else of all; copies of the adapters' factors and room for their gradients
-    grouped_mm   of transformers, on GPUs without adapters. Saved: gate_up, silu(gate), y `[S, H]`; x and h where the
-                 weights are trained. Besides: x, and y and its gradients in float32
+    On GPUs experts without adapters are transformers' "grouped_mm", all others this package's own.
     """
-    base, tokens, w = base_of(experts), shape.tokens, shape.weight
-    hidden, width, count = base.hidden_dim, base.intermediate_dim, base.num_experts
-    pairs = tokens * config.num_experts_per_tok
+    base = base_of(experts)
+    pairs = shape.tokens * config.num_experts_per_tok
+    run = ExpertsPass(
+        shape.tokens, pairs, base.hidden_dim, base.intermediate_dim, base.num_experts, itemsize=shape.weight
+    )
     trained = [p for p in experts.parameters() if p.requires_grad]
     wrappers = [child for child in experts.modules() if hasattr(child, "parameter_name")]
-    is_own = wrappers or isinstance(experts, ChosenExperts) or shape.in_four_bits or shape.device == "cpu"
-    if not is_own:
-        kept = 3 * width + hidden + (hidden + width if trained else 0)
-        besides = pairs * hidden * (3 * FLOAT + w)
-        return pairs * (kept * w + 4 * INDEX), besides, besides
-    ranks = sum(len(A.weight) for wrapper in wrappers for A in wrapper.lora_A.values()) // count
-    copies = w * sum(p.numel() for p in trained) * (2 if wrappers else isinstance(experts, ChosenExperts))
-    sums = tokens * hidden * FLOAT
-    if shape.device == "cpu" or shape.in_four_bits:
-        of_one = pairs // count or 1
-        if shape.device == "cpu":
-            of_one = filled(of_one, torch.bfloat16 if w == 2 else torch.float32)
-        rows = of_one * min(count, pairs)
-        besides = sums + of_one * (3 * hidden + 7 * width) * max(w, 3)
-        besides += 3 * hidden * width * w * shape.in_four_bits
-        forward = besides + (copies // 2 if wrappers else 0)
-        return rows * ((2 * width + ranks) * w + 2 * INDEX + 1), forward, besides + copies
-    forward = pairs * (hidden * (3 * FLOAT + w) + width * w) + sums + (copies // 2 if wrappers else 0)
-    return pairs * ((2 * width + ranks) * w + 3 * INDEX), forward, pairs * 4 * (hidden + width) * w + sums + copies
+    is_chosen, on_cpu = isinstance(experts, ChosenExperts), shape.device == "cpu"
+    if not (wrappers or is_chosen or shape.in_four_bits or on_cpu):
+        return grouped_mm_bytes(run, bool(trained))
+    ranks = sum(len(A.weight) for wrapper in wrappers for A in wrapper.lora_A.values()) // run.experts
+    size = shape.weight * sum(p.numel() for p in trained)
+    # Factors are copied, and have their gradients in copies too; chosen experts have room for gradients.
+    copied = (size, 2 * size) if wrappers else (0, size * is_chosen)
+    if on_cpu or shape.in_four_bits:
+        return one_by_one_bytes(run, ranks, copied, on_cpu, shape.in_four_bits)
+    return all_at_once_bytes(run, ranks, copied)
 
 
 def norm(module: nn.Module, width: int, itemsize: int, shape: Shape, stored: int | None = None) -> int:

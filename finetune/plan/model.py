@@ -11,6 +11,7 @@ from torch import nn
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion.adapters.esft import read_expert_cfg
+from modeling_deepseek_moe.parts import part_of
 from modeling_deepseek_moe.quantized.weights import BITS, is_quantized
 
 from ..errors import RecipeError
@@ -86,6 +87,15 @@ def assumed_choice(config: DeepseekMoeConfig, recipe: Recipe) -> dict[str, Any]:
     return {"experts": {str(layer): list(range(count)) for layer in moe_layers}, **others}
 
 
+# The parts of the model as the plan lists them; all others are one line.
+_TITLES = {
+    "routed_experts": "routed experts",
+    "attention": "attention",
+    "shared_experts": "shared experts",
+    "dense_mlp": "dense layers",
+}
+
+
 def parameters_of(model: nn.Module, layer_of: list[int], quantization: str | None = None) -> list[Parameter]:
     """Every parameter and buffer, those of a layer with how many layers it stands for."""
     found = []
@@ -106,20 +116,7 @@ def weights_by_part(parameters: list[Parameter]) -> dict[str, int]:
     """Bytes of the weights by the part of the model that they are in."""
     parts: dict[str, int] = {}
     for parameter in parameters:
-        parts[part_of(parameter.name)] = parts.get(part_of(parameter.name), 0) + parameter.nbytes
+        title = _TITLES.get(part_of(parameter.name), "embedding, head, norms, routers")
+        title = "adapters" if ".lora_" in parameter.name else title
+        parts[title] = parts.get(title, 0) + parameter.nbytes
     return parts
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter is in, in words."""
-    if ".lora_" in name:
-        return "adapters"
-    if ".mlp.experts." in name:
-        return "routed experts"
-    if ".self_attn." in name:
-        return "attention"
-    if ".shared_experts." in name:
-        return "shared experts"
-    if ".mlp." in name and ".gate." not in name:
-        return "dense layers"
-    return "embedding, head, norms, routers"

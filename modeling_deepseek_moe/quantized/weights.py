@@ -11,7 +11,6 @@ bitsandbytes computes the levels and the values. Its own `Linear4bit` is not use
 mode on a CPU with AVX512-BF16 it silently gives no gradient any more (bitsandbytes 0.50).
 """
 
-import re
 from types import ModuleType
 
 import torch
@@ -19,12 +18,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from ..checkpoint_layout import is_fp8_weight
+from ..parts import is_linear_weight, is_stack
 
 NF4_BLOCK = 64
 BITS = 4 + 32 / NF4_BLOCK  # a value, with its share of the block's float32 magnitude
 
-_STACKED = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)$")
 _WAY_OUT = (
     "weights in four bits are frozen, and read one matrix at a time: experts need "
     'experts_implementation="sorted_mm" and adapters by `modeling_deepseek_moe.expert_lora`; adapters are merged into '
@@ -142,7 +140,7 @@ def is_quantized(name: str) -> bool:
 
     Embedding, head, norms, routers and what joins the inputs of multi-token prediction stay as they are.
     """
-    return _STACKED.search(name) is not None or is_fp8_weight(name)
+    return is_stack(name) or is_linear_weight(name)
 
 
 def load_bitsandbytes() -> ModuleType:
