@@ -57,7 +57,9 @@ class DeepseekMoeIndexer(nn.Module):
         batch, length = query_latent.shape[:2]
         queries = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         queries = apply_rotary(queries, *position_embeddings, interleaved=False).float() * self.head_dim**-0.5
-        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float() * self.num_heads**-0.5
+        dtype = self.weights_proj.weight.dtype  # of a quantised layer not that of what it multiplies
+        weights = self.weights_proj(hidden_states.to(dtype) if dtype.is_floating_point else hidden_states)
+        weights = weights.float() * self.num_heads**-0.5
         keys_mT = keys.float().mT
         if mask is None:
             mask = keys.new_ones((), dtype=torch.bool)

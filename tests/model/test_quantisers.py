@@ -8,7 +8,11 @@ import of PEFT, in each of the processes that the tests start.
 import functools
 
 import pytest
+import torch
 from quantisers import QUANTISERS, TRIALS, Quantiser, native_folder
+from tiny import tiny_config, tiny_ids, tiny_model
+
+from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
 _NOT_SAVED = "are not saved: save the adapter, and merge it into the unquantised checkpoint"
 REFUSED = {
@@ -49,3 +53,22 @@ def test_a_quantised_model_does_what_it_should_or_says_why_not(name, trial, fold
             TRIALS[trial](quantiser, folder)
     else:
         TRIALS[trial](quantiser, folder)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes NF4", "bitsandbytes int8"])
+@torch.no_grad()
+def test_an_indexer_in_integers_reads_the_states_themselves(name, tmp_path):
+    """A quantised layer's weight is uint8 or int8, to which the states must not be rounded."""
+    config = tiny_config(
+        "v3", num_nextn_predict_layers=0, index_topk=4, index_n_heads=32, index_head_dim=16, hidden_size=64
+    )
+    tiny_model(config).save_pretrained(tmp_path)
+    model, seen = QUANTISERS[name].load(DeepseekMoeForCausalLM, tmp_path), []
+    indexer = model.model.layers[0].self_attn.indexer
+    indexer.weights_proj.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
+    model(tiny_ids(config), use_cache=False)
+    ((states, weights),) = seen
+    assert states.dtype == torch.float32 and QUANTISERS[name].is_quantised(indexer.weights_proj)
+    plain = DeepseekMoeForCausalLM.from_pretrained(tmp_path)
+    expected = states @ plain.model.layers[0].self_attn.indexer.weights_proj.weight.T
+    assert (weights - expected).norm() <= 0.3 * expected.norm()
