@@ -14,6 +14,7 @@ from modeling_deepseek_moe.conversion.adapters.esft import trained_names
 from modeling_deepseek_moe.experts import DeepseekMoeExperts
 from modeling_deepseek_moe.kernels.sorted.sorted_experts import sorted_experts
 
+from .._compat import ignore_on_save
 from .counting import blocks_of
 
 _STACKED = ".mlp.experts."
@@ -51,6 +52,7 @@ class ChosenExperts(nn.Module):
         self._move([self.order[place] for place in moved], moved)
         self.gate_up, self.down = (nn.Parameter(_master(stack[: len(chosen)])) for stack in self._stacks())
         self._may_be_behind = False
+        self.register_load_state_dict_post_hook(_stacks_are_behind)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -78,10 +80,6 @@ class ChosenExperts(nn.Module):
 
     def _stacks(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.experts.gate_up_proj, self.experts.down_proj
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._may_be_behind = True
 
     @torch.no_grad()
     def _move(self, sources: list[int], targets: list[int]) -> None:
@@ -111,7 +109,7 @@ def train_chosen(model: PreTrainedModel, expert_cfg: Mapping[str, Any]) -> None:
     model.freeze_idle_mtp()
     model.expert_cfg = dict(expert_cfg)
     # What the Trainer then misses in a checkpoint when it goes on from one, it may miss.
-    model._keys_to_ignore_on_save = model.state_dict().keys() - trained_state(model).keys()
+    ignore_on_save(model, model.state_dict().keys() - trained_state(model).keys())
 
 
 def is_specialized(model: nn.Module) -> bool:
@@ -131,7 +129,7 @@ def release(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(block.experts, ChosenExperts):
             block.experts = block.experts.released()
     del model.expert_cfg
-    model._keys_to_ignore_on_save = set()
+    ignore_on_save(model, ())
     return model
 
 
@@ -158,6 +156,10 @@ def published_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             name = f"model.layers.{layer}{_STACKED}{expert}.{{}}_proj.weight"
             tensors |= {name.format(part): tensor for part, tensor in parts.items()}
     return tensors
+
+
+def _stacks_are_behind(experts: ChosenExperts, _: Any) -> None:
+    experts._may_be_behind = True
 
 
 def _master(weight: torch.Tensor) -> torch.Tensor:

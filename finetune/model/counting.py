@@ -10,6 +10,8 @@ from modeling_deepseek_moe.balancing import expert_load
 from modeling_deepseek_moe.moe import DeepseekMoeBlock
 from modeling_deepseek_moe.router import DeepseekMoeRouter
 
+from .._compat import is_in_backward, is_replica
+
 
 def blocks_of(model: nn.Module) -> dict[int, DeepseekMoeBlock]:
     """MoE blocks by layer index."""
@@ -95,9 +97,9 @@ class LoadCounter:
 
     def _count(self, layer: int, gate: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
         # A backward pass is running where checkpointing computes a forward pass again.
-        if gate.training != self.training or torch._C._current_graph_task_id() != -1:
+        if gate.training != self.training or is_in_backward():
             return
-        if getattr(gate, "_is_replica", False):
+        if is_replica(gate):
             raise RuntimeError(
                 "experts cannot be counted under nn.DataParallel: start one process a GPU (torchrun --nproc-per-node "
                 f"{torch.cuda.device_count()} ...), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"

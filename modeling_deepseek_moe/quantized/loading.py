@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._compat import Quantizer
 from .weights import BITS, NF4Weight, is_quantized, load_bitsandbytes, quantize
 
 _METHOD = "deepseek_moe_nf4"
@@ -22,7 +23,7 @@ class NF4Config(QuantizationConfigMixin):
 
 
 @register_quantizer(_METHOD)
-class NF4Quantizer(HfQuantizer):
+class NF4Quantizer(Quantizer):
     """What transformers asks about a model of four-bit weights while it loads, trains and saves it.
 
     Raises:
@@ -58,7 +59,7 @@ class NF4Quantizer(HfQuantizer):
         model.is_quantized, model.quantization_method = True, self.quantization_config.quant_method
         self.postprocess_model(model)
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def before_loading(self, model: nn.Module) -> None:
         model.set_experts_implementation("sorted_mm")
 
 
