@@ -7,6 +7,7 @@ accelerate and TRL is in `finetune/_compat.py`.
 """
 
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ import torch
 from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, return_and_correct_aliasing
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.moe import _default_apply_gate
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.quantizers import HfQuantizer
 
 __all__ = ["is_traceable_wrapper_subclass", "return_and_correct_aliasing"]  # borrowed as they are
@@ -49,6 +52,9 @@ BORROWED = (
     Borrowed("transformers.integrations.moe", "grouped_mm_experts_forward", '"sorted_mm" where it cannot sort'),
     Borrowed("transformers.activations", "SiLUActivation", "the activation that kernels compute themselves"),
     Borrowed("transformers.configuration_utils", "PreTrainedConfig._experts_implementation", "whose products to do"),
+    # Auto classes.
+    Borrowed("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", "takes a type that a class has not"),
+    Borrowed("transformers.models.auto.tokenization_auto", "TOKENIZER_MAPPING_NAMES", "tokenizers before 5.22"),
     # Attention implementations.
     Borrowed("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", '"mla_triton" is registered there'),
     Borrowed("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS", "a name without a mask sees padding"),
@@ -96,6 +102,7 @@ EXPORTED = (
     Borrowed("transformers.modeling_utils", "PreTrainedModel._hf_peft_config_loaded", "only an adapter is saved"),
     Borrowed("transformers.modeling_utils", "PreTrainedModel._keys_to_ignore_on_load_unexpected", "tied copies"),
     Borrowed("transformers.core_model_loading", "._weight_conversions", "dequantised FP8 is saved as plain weights"),
+    Borrowed("transformers.integrations.finegrained_fp8", "Fp8Dequantize", "does not know ragged blocks; replaced"),
     Borrowed("transformers.core_model_loading", "WeightRenaming", "a user's key_mapping is one"),
     Borrowed(
         "transformers.conversion_mapping",
@@ -191,6 +198,17 @@ def warn_of_untried_releases() -> None:
         )
 
 
+def read_tokenizers_as_they_are(model_types: Iterable[str]) -> None:
+    """Lets AutoTokenizer take the `tokenizer.json` of these model types for what it says.
+
+    DeepSeek's names the class `LlamaTokenizerFast`, of which transformers before 5.22 knows for its own `deepseek_v2`
+    and `deepseek_v3` alone that it is not one: of any other type the file would be read with Llama's rules for spaces,
+    and every text would get other ids than the model was trained on.
+    """
+    if Version(version("transformers")) < Version("5.22.0"):
+        TOKENIZER_MAPPING_NAMES.update(dict.fromkeys(model_types, "TokenizersBackend"))
+
+
 def follows_experts_interface(experts: nn.Module) -> bool:
     """Whether the class is one of transformers' experts interface, decorated and with a gate."""
     return hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "_apply_gate")
@@ -249,6 +267,12 @@ def make_wrapper(cls: type[torch.Tensor], shape: torch.Size, dtype: torch.dtype,
 def without_torch_function() -> AbstractContextManager[None]:
     """In it, functions of torch take a tensor of a subclass for a plain one, down to its `__torch_dispatch__`."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def with_operations(rule: WeightConverter, operations: list[ConversionOps]) -> WeightConverter:
+    """A rule for the same tensors that does something else with them; a rule can copy itself from 5.21 on."""
+    make = rule.copy if hasattr(rule, "copy") else WeightConverter
+    return make(rule.source_patterns, rule.target_patterns, operations=operations)
 
 
 class Quantizer(HfQuantizer):

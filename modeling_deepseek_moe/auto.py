@@ -9,6 +9,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ._compat import read_tokenizers_as_they_are
 from .configuration_deepseek_moe import DeepseekMoeConfig
 from .modeling_deepseek_moe import (
     DeepseekMoeForCausalLM,
@@ -39,5 +40,6 @@ def register(replace_native: bool = False) -> None:
     for model_type in _UNKNOWN_TO_TRANSFORMERS + (_NATIVE if replace_native else ()):
         # AutoConfig.register wants a class whose own type this is; ours translates while reading.
         CONFIG_MAPPING.register(model_type, DeepseekMoeConfig, exist_ok=True)
+    read_tokenizers_as_they_are(("deepseek_moe", *_UNKNOWN_TO_TRANSFORMERS))
     for auto_class, model_class in _CLASS_OF_AUTO.items():
         auto_class.register(DeepseekMoeConfig, model_class, exist_ok=True)

@@ -8,7 +8,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._compat import Quantizer
+from .._compat import Quantizer, with_operations
 from .weights import BITS, NF4Weight, is_quantized, load_bitsandbytes, quantize
 
 _METHOD = "deepseek_moe_nf4"
@@ -45,10 +45,10 @@ class NF4Quantizer(Quantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Experts go into four bits one by one instead of being stacked before."""
+    def update_weight_conversions(self, weight_conversions: list, *_: nn.Module) -> list:
+        """Experts go into four bits one by one instead of being stacked before. From 5.21 on the model comes along."""
         return [
-            rule.copy(rule.source_patterns, rule.target_patterns, operations=[_QuantizeExperts()])
+            with_operations(rule, [_QuantizeExperts()])
             if isinstance(rule, WeightConverter) and is_quantized(f".{rule.target_patterns[0]}")
             else rule
             for rule in weight_conversions
