@@ -4,16 +4,19 @@ WORKERS := -n logical --maxprocesses 4 --dist worksteal
 BIN := .venv/bin
 READY := .venv/.ready
 UNFINISHED := .venv/.unfinished
+# Each file names releases that tests run on besides those of constraints.txt.
+VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.txt)))
 
 # Threads that wait for work must sleep: spinning ones stall everybody else on a machine with few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-all benchmark lint wings clean
+.PHONY: help demo test test-all test-versions benchmark lint wings clean
 
 help:
 	@echo "make demo      fine-tune, score, merge and publish a tiny model (ARGS='--hub-id NAME': on the real Hub)"
 	@echo "make test      the fast tests (ARGS='-k router' chooses)"
 	@echo "make test-all  the fast and the slow tests"
+	@echo "make test-versions  what leans on transformers, PEFT and TRL, on the releases in tests/versions/"
 	@echo "make benchmark this package against transformers and PEFT (ARGS='decode --repeats 5')"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make wings     which wing imports which, and whether one may not"
@@ -28,6 +31,13 @@ test: $(READY)
 test-all: $(READY)
 	@$(BIN)/pytest $(WORKERS) $(ARGS)
 
+test-versions: $(VERSIONS:%=.venv/versions/%/.ready)
+	@for name in $(VERSIONS); do \
+		echo "On $$(sed '/^#/d' tests/versions/$$name.txt | tr '\n' ' ')"; \
+		PYTHONPATH="$(CURDIR)/.venv/versions/$$name" $(BIN)/pytest $(WORKERS) -m "not slow" $(ARGS) \
+			$$(sed '/^#/d' tests/versions/paths) || exit 1; \
+	done
+
 benchmark: $(READY)
 	@$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
@@ -41,6 +51,12 @@ wings: $(READY)
 clean:
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Releases that are laid before the environment's own by PYTHONPATH; one that was cut off has no .ready.
+.venv/versions/%/.ready: tests/versions/%.txt | $(READY)
+	@rm -rf .venv/versions/$*
+	@$(BIN)/python -m pip install --quiet --no-deps --target .venv/versions/$* --requirement $<
+	@touch $@
 
 # A set-up that was cut off leaves UNFINISHED behind, and the next one starts with an empty .venv.
 # torch comes first and exactly: a looser request can fetch gigabytes of CUDA libraries.

@@ -1,5 +1,6 @@
 """DeepSeekMoE models for transformers: load, fine-tune and ship every model built on the DeepSeekMoE block."""
 
+from ._compat import warn_of_untried_releases
 from .auto import register
 from .checkpoint_files import CheckpointError
 from .configuration_deepseek_moe import DeepseekMoeConfig
@@ -22,5 +23,6 @@ __all__ = [
     "register",
 ]
 
+warn_of_untried_releases()
 register()
 register_kernels()

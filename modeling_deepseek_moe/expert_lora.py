@@ -19,6 +19,14 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
+from ._compat import (
+    check_forward_args,
+    experts_implementation,
+    follows_experts_interface,
+    has_hooks,
+    is_of_peft,
+    register_layers,
+)
 from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
 from .kernels.sorted.sorted_mm import interface_departure
@@ -48,7 +56,7 @@ class ParamWrapper(lora.ParamWrapper):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`hidden_states [N, H], top_k_index [N, K], top_k_weights [N, K]` -> `[N, H]`, as the experts' forward."""
-        self._check_forward_args(x, *args, **kwargs)
+        check_forward_args(self, x, *args, **kwargs)
         chain = list(self._chain())
         adapters = {wrapper.parameter_name: _active_adapters(wrapper) for wrapper in chain}
         experts = self.get_base_layer()
@@ -63,7 +71,7 @@ class ParamWrapper(lora.ParamWrapper):
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
         lists = [adapters.get(name, []) for name in _WEIGHTS]
-        if experts.config._experts_implementation == "triton":
+        if experts_implementation(experts.config) == "triton":
             # Triton is imported where it is used: not every platform has it.
             from .kernels.triton.experts import triton_experts
 
@@ -94,7 +102,7 @@ def register_expert_lora(lora_config: LoraConfig, model: nn.Module) -> LoraConfi
     classes = _classes(lora_config, model)
     if not classes:
         raise ValueError(f"{type(model).__name__} has no routed experts that follow transformers' experts interface")
-    lora_config._register_custom_module(dict.fromkeys(classes, ParamWrapper))
+    register_layers(lora_config, dict.fromkeys(classes, ParamWrapper))
     return lora_config
 
 
@@ -149,7 +157,7 @@ def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def _departure(experts: nn.Module) -> str | None:
     """What keeps a module with stacked weights from being served here."""
-    if not hasattr(type(experts).forward, "__wrapped__") or not hasattr(experts, "_apply_gate"):
+    if not follows_experts_interface(experts):
         return "does not follow transformers' experts interface"
     if departure := interface_departure(experts):
         return f"has {departure}"
@@ -172,7 +180,7 @@ def _active_adapters(wrapper: lora.ParamWrapper) -> list[Adapter]:
 def _is_in_pefts_pass(experts: nn.Module) -> bool:
     """Whether a wrapper around has already added its `B A` to the weights."""
     lists = getattr(experts, "parametrizations", {}).values()
-    return any(type(parametrization).__module__.startswith("peft.") for each in lists for parametrization in each)
+    return any(is_of_peft(parametrization) for each in lists for parametrization in each)
 
 
 def _in_four_bits(experts: nn.Module) -> bool:
@@ -181,7 +189,7 @@ def _in_four_bits(experts: nn.Module) -> bool:
 
 def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | None:
     """Why the result, or a side effect, could differ from that of PEFT's pass."""
-    if (name := getattr(experts.config, "_experts_implementation", None)) not in _SAME_PRODUCT:
+    if (name := experts_implementation(experts.config)) not in _SAME_PRODUCT:
         return f"experts_implementation={name!r} is not one of {', '.join(_SAME_PRODUCT[:-1])}"
     if hasattr(experts, "parametrizations"):
         return "the base weights are parametrized"
@@ -192,9 +200,6 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         if type(weight) not in _KINDS or weight.ndim != 3 or weight.dtype not in _DTYPES:
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
     for module in (*chain[1:], experts):
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        # accelerate's hook on a module that stays on its device only moves inputs there.
-        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", True)
-        if any(hooks) or ("forward" in vars(module) and offloaded):
+        if has_hooks(module):
             return f"{type(module).__name__} has hooks"
     return None

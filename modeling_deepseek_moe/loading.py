@@ -160,17 +160,21 @@ class DequantizeBlocks(ConversionOps):
     def convert(self, input_dict: dict, full_layer_name: str, model, **kwargs) -> dict:
         module_name, _, name = full_layer_name.rpartition(".")
         dtype = getattr(model.get_submodule(module_name), name).dtype
+        # transformers 5.20 ends some of the patterns with "$".
+        scales_of = {key.removesuffix("$"): tensors for key, tensors in input_dict.items()}
         result = {}
         for key, tensors in input_dict.items():
-            if key.endswith((SCALE_SUFFIX, "activation_scale")):
+            pattern = key.removesuffix("$")
+            if pattern.endswith((SCALE_SUFFIX, "activation_scale")):
                 continue
-            scales = input_dict.get(key + SCALE_SUFFIX)
+            scales = scales_of.get(pattern + SCALE_SUFFIX)
             if scales is None:
                 tensors = [tensor.to(dtype) for tensor in tensors]
             else:
-                pairs = zip(tensors, scales, strict=True)
+                # transformers 5.20 has cast some to the model's dtype by now, in which every FP8 value is exact.
+                pairs = zip((tensor.to(torch.float8_e4m3fn) for tensor in tensors), scales, strict=True)
                 tensors = [dequantize_blocks(weight, scale, dtype, self.block) for weight, scale in pairs]
-            if key == "weight":
+            if pattern == "weight":
                 return {full_layer_name: tensors[0]}
             result[key] = tensors
         return result
@@ -206,11 +210,12 @@ def fp8_block(hf_quantizer) -> tuple[int, int]:
 
 def dequantize_ragged_blocks(load_config) -> None:
     """Puts `DequantizeBlocks` where the quantizer put its own operation."""
-    theirs = load_config.hf_quantizer.get_load_operations()["dequantize"]
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
     ours = DequantizeBlocks(load_config.hf_quantizer)
     for converter in load_config.weight_mapping:
         if isinstance(converter, WeightConverter):
-            converter.operations = [ours if isinstance(op, theirs) else op for op in converter.operations]
+            converter.operations = [ours if isinstance(op, Fp8Dequantize) else op for op in converter.operations]
 
 
 def warn_of_other_copies(file_of: dict[str, str], config, source: str) -> None:

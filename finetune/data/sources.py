@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from .._compat import fingerprint
 from ..errors import UserError
 from ..files import file_digest
 from .report import RowError
@@ -39,7 +40,7 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
         data = datasets.load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot load data {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
-    return lambda: ((f"row {number}", row) for number, row in enumerate(data)), "" if streaming else data._fingerprint
+    return lambda: ((f"row {number}", row) for number, row in enumerate(data)), "" if streaming else fingerprint(data)
 
 
 def _jsonl_rows(path: Path) -> Rows:

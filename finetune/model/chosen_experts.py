@@ -15,6 +15,7 @@ from modeling_deepseek_moe.experts import DeepseekMoeExperts
 from modeling_deepseek_moe.kernels.sorted.experts import sorted_experts
 from modeling_deepseek_moe.parts import PARTS, part_of
 
+from .._compat import ignore_on_save
 from .counting import blocks_of
 
 
@@ -50,6 +51,7 @@ class ChosenExperts(nn.Module):
         self._move([self.order[place] for place in moved], moved)
         self.gate_up, self.down = (nn.Parameter(_master(stack[: len(chosen)])) for stack in self._stacks())
         self._may_be_behind = False
+        self.register_load_state_dict_post_hook(_stacks_are_behind)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -77,10 +79,6 @@ class ChosenExperts(nn.Module):
 
     def _stacks(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.experts.gate_up_proj, self.experts.down_proj
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._may_be_behind = True
 
     @torch.no_grad()
     def _move(self, sources: list[int], targets: list[int]) -> None:
@@ -110,7 +108,7 @@ def train_chosen(model: PreTrainedModel, expert_cfg: Mapping[str, Any]) -> None:
     model.freeze_idle_mtp()
     model.expert_cfg = dict(expert_cfg)
     # What the Trainer then misses in a checkpoint when it goes on from one, it may miss.
-    model._keys_to_ignore_on_save = model.state_dict().keys() - trained_state(model).keys()
+    ignore_on_save(model, model.state_dict().keys() - trained_state(model).keys())
 
 
 def is_specialized(model: nn.Module) -> bool:
@@ -130,7 +128,7 @@ def release(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(block.experts, ChosenExperts):
             block.experts = block.experts.released()
     del model.expert_cfg
-    model._keys_to_ignore_on_save = set()
+    ignore_on_save(model, ())
     return model
 
 
@@ -157,6 +155,10 @@ def published_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             name = f"model.layers.{layer}.{PARTS['routed_experts'].place}.{expert}.{{}}_proj.weight"
             tensors |= {name.format(part): tensor for part, tensor in parts.items()}
     return tensors
+
+
+def _stacks_are_behind(experts: ChosenExperts, _: Any) -> None:
+    experts._may_be_behind = True
 
 
 def _is_routed(name: str) -> bool:

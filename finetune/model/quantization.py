@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .._compat import ignore_in_ddp
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -38,5 +40,4 @@ def leave_out_of_ddp(model: "nn.Module") -> None:
     """
     from modeling_deepseek_moe.quantized.weights import NF4Weight
 
-    names = [name for name, weight in model.named_parameters() if isinstance(weight, NF4Weight)]
-    model._ddp_params_and_buffers_to_ignore = names  # torch's own name for it
+    ignore_in_ddp(model, (name for name, weight in model.named_parameters() if isinstance(weight, NF4Weight)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from modeling_deepseek_moe._compat import attention_implementation
 from modeling_deepseek_moe.kernels.held_bytes import (
     FLOAT,
     INDEX,
@@ -116,7 +117,7 @@ def attention_stages(config, layer: nn.Module, shape: Shape) -> list[Stage]:
     kept = queries + keys + values + output + tokens * heads * FLOAT
     if shape.is_padded:
         kept += shape.batch * shape.length**2 * a
-    if config._attn_implementation == "eager":
+    if attention_implementation(config) == "eager":
         kept += shape.batch * heads * shape.length**2 * (FLOAT + a)
     into_output = linear_inputs([attention.o_proj], heads * value_width, a, shape)
     if output == one_output and keeps_itself(attention.o_proj, a):

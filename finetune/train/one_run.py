@@ -16,6 +16,7 @@ from transformers import (
     set_seed,
 )
 
+from .._compat import checkpointing_argument
 from ..data.rows import collator, recipe_rows
 from ..errors import RecipeError, UserError, first_line
 from ..experts.choose import specialize
@@ -171,9 +172,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
     given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
-    # transformers 5.23 renamed it.
-    renamed = hasattr(TrainingArguments, "activation_checkpointing")
-    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    checkpointing = checkpointing_argument()
     given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
     if recipe.gradient_checkpointing:
         given[f"{checkpointing}_kwargs"] = {"use_reentrant": False}

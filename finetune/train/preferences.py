@@ -8,10 +8,10 @@ have no part in it.
 
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from .._compat import ReadyRows
 from ..data.rows import RunRows
 from ..errors import RecipeError, first_line
 from ..model.load import load
@@ -20,7 +20,7 @@ from ..recipe.schema import Recipe
 from .trainer import RunTrainerMixin
 
 
-class PreferenceTuner(RunTrainerMixin, DPOTrainer):
+class PreferenceTuner(RunTrainerMixin, ReadyRows, DPOTrainer):
     """The Trainer of a run that learns from preferences; its rows are `preference_rows.py`'s."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,9 +28,6 @@ class PreferenceTuner(RunTrainerMixin, DPOTrainer):
             return super().compute_loss(*args, **kwargs)
         except ValueError as error:  # an option that TRL looks at only here
             raise RecipeError(f"`dpo.*`: {first_line(error)}") from error
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL would write one into the run's folder at every checkpoint."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._compat import TrainerSeams
 from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
@@ -20,7 +21,7 @@ from ..runs.folder import last_checkpoint
 BAD_BATCH = "bad_batch.json"
 
 
-class RunTrainerMixin:
+class RunTrainerMixin(TrainerSeams):
     """What a run adds to a Trainer class; comes before it among the bases.
 
     Raises:
@@ -35,9 +36,7 @@ class RunTrainerMixin:
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; from a checkpoint that is already there, only restore it."""
-        # An evaluation before prepared the model for itself, and accelerate would not prepare it again, with DDP.
-        self.accelerator.free_memory()
-        self.model._is_accelerate_prepared = False
+        self.prepare_anew()
         if checkpoint is None:
             self.train()
             return
@@ -49,13 +48,11 @@ class RunTrainerMixin:
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # What belongs to the weights, and what the end of training writes, is the callbacks'.
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        self._load_from_checkpoint(best or os.fspath(checkpoint))
+        self.load_weights(best or os.fspath(checkpoint))
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if state_dict is None and is_specialized(self.model):
-            state_dict = trained_state(self.model)
-        super()._save(output_dir, state_dict)
+    def state_to_save(self) -> dict[str, torch.Tensor] | None:
+        return trained_state(self.model) if is_specialized(self.model) else None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._compat import Quantizer, with_operations
 from .weights import BITS, NF4Weight, is_quantized, load_bitsandbytes, quantize
 
 _METHOD = "deepseek_moe_nf4"
@@ -22,7 +23,7 @@ class NF4Config(QuantizationConfigMixin):
 
 
 @register_quantizer(_METHOD)
-class NF4Quantizer(HfQuantizer):
+class NF4Quantizer(Quantizer):
     """What transformers asks about a model of four-bit weights while it loads, trains and saves it.
 
     Raises:
@@ -44,10 +45,10 @@ class NF4Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Experts go into four bits one by one instead of being stacked before."""
+    def update_weight_conversions(self, weight_conversions: list, *_: nn.Module) -> list:
+        """Experts go into four bits one by one instead of being stacked before. From 5.21 on the model comes along."""
         return [
-            rule.copy(rule.source_patterns, rule.target_patterns, operations=[_QuantizeExperts()])
+            with_operations(rule, [_QuantizeExperts()])
             if isinstance(rule, WeightConverter) and is_quantized(f".{rule.target_patterns[0]}")
             else rule
             for rule in weight_conversions
@@ -58,7 +59,7 @@ class NF4Quantizer(HfQuantizer):
         model.is_quantized, model.quantization_method = True, self.quantization_config.quant_method
         self.postprocess_model(model)
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def before_loading(self, model: nn.Module) -> None:
         model.set_experts_implementation("sorted_mm")
 
 

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from .._compat import TO_COPY, make_wrapper, return_and_correct_aliasing, without_torch_function
 from ..parts import is_linear_weight, is_stack
 
 NF4_BLOCK = 64
@@ -44,7 +44,7 @@ class NF4Weight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, packed: torch.Tensor, magnitudes: torch.Tensor, shape: torch.Size, dtype: torch.dtype):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
+        return make_wrapper(cls, shape, dtype, packed.device)
 
     def __init__(self, packed: torch.Tensor, magnitudes: torch.Tensor, shape: torch.Size, dtype: torch.dtype):
         self.packed, self.magnitudes = packed, magnitudes
@@ -79,7 +79,7 @@ class NF4Weight(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.linear:
             return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return function(*args, **(kwargs or {}))
 
     @classmethod
@@ -93,7 +93,7 @@ class NF4Weight(torch.Tensor):
         return return_and_correct_aliasing(function, args, kwargs, cls(*parts, weight.shape, dtype))
 
 
-_COPIES = (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+_COPIES = (torch.ops.aten.detach.default, torch.ops.aten.clone.default, TO_COPY)
 
 
 def quantize(weight: torch.Tensor) -> NF4Weight:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
+from ..._compat import apply_gate, has_default_gate
 from ...large_tensors import empty
 from ...quantized.weights import NF4Weight
 from .low_rank import Adapter, low_ranks
@@ -94,7 +94,7 @@ def _forward(experts, routing, scalings, hidden_states, top_k_weights, T1, T2, W
         x_NH, w_R, output_NH = routing.inputs(hidden_states, top_k_weights)
         for segment in routing.segments:
             gate_up, t = _linear(segment.rows_of(x_NH), W1, gate_up_low, segment)
-            h = experts._apply_gate(gate_up)
+            h = apply_gate(experts, gate_up)
             y, u = _linear(h, W2, down_low, segment)
             segment.add_up(output_NH, y.contiguous() * w_R[segment.rows])
             if saved is not None:
@@ -145,10 +145,10 @@ def _backward(
 def _gate_backward(experts, gate_up, dh) -> tuple[torch.Tensor, torch.Tensor]:
     """h again, and d gate_up, stored as gate_up is."""
     is_silu = type(experts.act_fn) in (nn.SiLU, SiLUActivation)
-    if not is_silu or experts._apply_gate.__func__ is not _default_apply_gate:
+    if not is_silu or not has_default_gate(experts):
         with torch.enable_grad():
             gate_up = gate_up.detach().requires_grad_()
-            h = experts._apply_gate(gate_up)
+            h = apply_gate(experts, gate_up)
         return h.detach(), *torch.autograd.grad(h, gate_up, dh)
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate_up = torch.empty_like(gate_up)

@@ -27,10 +27,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
+from ..._compat import has_default_gate, is_traceable_wrapper_subclass
 from ...quantized.weights import NF4Weight
 from ..sorted.low_rank import Adapter, EveryExpert, low_ranks, padded_rank
 from ..sorted.sorted_mm import interface_departure
@@ -83,7 +82,7 @@ def _departure(experts: nn.Module) -> str | None:
         return f'{type(experts).__name__} has {departure}; use "grouped_mm"'
     if type(experts.act_fn) not in (nn.SiLU, SiLUActivation):
         return f'the activation is {type(experts.act_fn).__name__}, not SiLU; use "sorted_mm" or "grouped_mm"'
-    if experts._apply_gate.__func__ is not _default_apply_gate:
+    if not has_default_gate(experts):
         return f'{type(experts).__name__} multiplies gate and up in its own way; use "sorted_mm" or "grouped_mm"'
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name)

