@@ -82,6 +82,9 @@ BORROWED = (
     Borrowed("torch", "ops.aten._to_copy", "one of the three operations that such a weight has"),
     Borrowed("torch.utils._python_dispatch", "return_and_correct_aliasing", "what wrapper subclasses return"),
     Borrowed("torch.utils._python_dispatch", "is_traceable_wrapper_subclass", "kernels cannot read such weights"),
+    Borrowed(
+        "transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES", "other types are ours"
+    ),
 )
 
 EXPORTED = (
@@ -150,6 +153,14 @@ EXPORTED = (
     Borrowed("torch", "nn.Module._apply", "buffers that stay float32", ("fn", "recurse")),
     Borrowed("torch", "Tensor._version", "deferred logits of a weight that has changed"),
     Borrowed("accelerate.hooks", "._hf_hook", "where an offloaded weight computes"),
+    Borrowed("torch.nn.modules.module", "_has_any_global_hook", "a linear layer with hooks is called"),
+    Borrowed("torch.nn.modules.module", "._compiled_call_impl", "a compiled linear layer is called"),
+    Borrowed("torch.cpu", "_is_amx_tile_supported", "whether few rows are faster as a matrix of their own"),
+    Borrowed("torch.cpu", "_is_avx512_bf16_supported", "whether few rows are faster as a matrix of their own"),
+    Borrowed("torch.nn.modules.module", "._is_replica", "nn.DataParallel loses counts and attached losses"),
+    Borrowed(
+        "torch.nn.parallel", "DistributedDataParallel._get_active_ddp_module", "idle weights take part under DDP only"
+    ),
     # Attention, masks, experts and their implementations.
     Borrowed("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "attention by name"),
     Borrowed("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS", "a name without a mask sees padding"),
@@ -171,6 +182,7 @@ EXPORTED = (
     Borrowed("transformers.utils", "is_flash_attn_4_available", 'attn_implementation="auto"'),
     Borrowed("transformers.utils.import_utils", "is_tracing", "a traced mask is not looked into"),
     # Generation.
+    Borrowed("transformers.generation.continuous_batching", "PagedAttentionCache", "is updated by the attention"),
     Borrowed(
         "transformers.generation",
         "GenerationMixin._get_candidate_generator",

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 class AttachedLossesMixin:
     """The base model's part: what it does where no caller says that it adds the losses itself."""
 
-    _has_told_of_idle_mtp = False
+    has_told_of_idle_mtp = False
 
     def join_objective(self, hidden_states, aux_loss, aux_losses):
         """The last `hidden_states` and the `aux_loss` to return, once that is on its way into the objective.
@@ -52,8 +52,8 @@ class AttachedLossesMixin:
     def tell_of_idle_mtp(self) -> None:
         """Says, once, that the multi-token prediction modules are not trained although their loss has a weight."""
         weight = self.config.mtp_loss_weight if self.config.num_nextn_predict_layers else 0
-        if weight and not self._has_told_of_idle_mtp:
-            self._has_told_of_idle_mtp = True
+        if weight and not self.has_told_of_idle_mtp:
+            self.has_told_of_idle_mtp = True
             warn_of_idle_mtp(weight)
 
 

@@ -10,7 +10,7 @@ from .moe import DeepseekMoeBlock, DeepseekMoeMLP
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
     """Layer `layer_idx` of the model; the config says which attention and whether it routes."""
 
-    _recomputes = False
+    recomputes = False
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -25,11 +25,11 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
     def gradient_checkpointing(self) -> bool:
         """Whether this call is recomputed in the backward pass, as transformers asks to be told."""
         # Without gradients nothing is. Before 5.24 transformers took the cache away there too, and text was wrong.
-        return self._recomputes and torch.is_grad_enabled()
+        return self.recomputes and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:
-        self._recomputes = enabled
+        self.recomputes = enabled
 
     def forward(
         self,

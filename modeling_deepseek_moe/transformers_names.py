@@ -1,4 +1,4 @@
-"""What the model borrows from transformers under names that change: the cache's, private ones, forwards' keywords.
+"""What the model takes from transformers under names that change with its releases: the cache's, forwards' keywords.
 
 Code on the Hub outlives the release it was exported under, so this file goes along and refuses releases of
 transformers that it was not tried with.
@@ -11,48 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 import transformers
 
 OLDEST_TRIED, NEWEST_TRIED = (5, 20), (5, 24)  # minor releases of transformers that the tests ran on
-
-# Where each name is looked up, and what for. `module:name` is a name that the module's code asks our classes for.
-BORROWED = {
-    "transformers.cache_utils:layer_class_to_replicate": "new layers of a growing cache are ours",
-    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "experts are stacked while loading",
-    "transformers.core_model_loading:_weight_conversions": "a dequantised FP8 checkpoint is saved as a plain one",
-    "transformers.configuration_utils.PreTrainedConfig._attn_implementation": "the attention that runs",
-    "transformers.generation.GenerationMixin._get_candidate_generator": "drafts come from the MTP modules in memory",
-    "transformers.generation.GenerationMixin.init_continuous_batching": "refused for latent attention",
-    "transformers.generation.GenerationMixin.prepare_inputs_for_generation": "where PEFT looks for the cache",
-    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS": "experts implementations by name",
-    "transformers.integrations.use_experts_implementation": "dispatches to them",
-    "transformers.modeling_layers.GradientCheckpointingLayer": "takes the cache away from a layer by its name",
-    "transformers.modeling_utils.PreTrainedModel._auto_class": "whether a saved model takes its code along",
-    "transformers.modeling_utils.PreTrainedModel._can_compile_fullgraph": "static caches compile without a break",
-    "transformers.modeling_utils.PreTrainedModel._can_record_outputs": "hidden states, attentions, router logits",
-    "transformers.modeling_utils:_can_set_attn_implementation_cached_value": "our text has no sign of it",
-    "transformers.modeling_utils:_can_set_experts_implementation_cached_value": "our text has no sign of it",
-    "transformers.modeling_utils.PreTrainedModel._finalize_model_loading": "nothing is silently initialised",
-    "transformers.modeling_utils.PreTrainedModel._fsdp_plan": "keeps the head whole, which chunked losses read",
-    "transformers.modeling_utils.PreTrainedModel._hf_peft_config_loaded": "an adapter is saved, not the model",
-    "transformers.modeling_utils.PreTrainedModel._init_weights": "router, experts and rotary have their own values",
-    "transformers.modeling_utils.PreTrainedModel._keep_in_fp32_modules_strict": "routing biases stay float32",
-    "transformers.modeling_utils.PreTrainedModel._keys_to_ignore_on_load_unexpected": "copies in MTP are skipped",
-    "transformers.modeling_utils.PreTrainedModel._load_pretrained_model": "a checkpoint is checked before it is read",
-    "transformers.modeling_utils.PreTrainedModel._no_split_modules": "layers stay on one device",
-    "transformers.modeling_utils.PreTrainedModel._pp_plan": "the head's place in a pipeline",
-    "transformers.modeling_utils.PreTrainedModel._skip_keys_device_placement": "a cache stays on its devices",
-    "transformers.modeling_utils.PreTrainedModel._supports_attention_backend": "attention by name",
-    "transformers.modeling_utils.PreTrainedModel._supports_flash_attn": "attention by name",
-    "transformers.modeling_utils.PreTrainedModel._supports_flex_attn": "attention by name",
-    "transformers.modeling_utils.PreTrainedModel._supports_sdpa": "attention by name",
-    "transformers.modeling_utils.PreTrainedModel._tied_weights_keys": "the head can be the embedding",
-    "transformers.modeling_utils.PreTrainedModel._tp_plan": "how the head is split",
-    "transformers.modeling_utils.PreTrainedModel.get_correct_attn_implementation": 'knows "auto"',
-    "transformers.modeling_utils.PreTrainedModel.get_correct_experts_implementation": "our kernels are the default",
-    "transformers.utils.generic.maybe_autocast": "router logits in float32 under autocast",
-    "transformers.utils.generic.merge_with_config_defaults": "use_cache from the config, none while checkpointing",
-    "transformers.utils.import_utils.is_tracing": "values are not looked at while a graph is traced",
-    "transformers.utils.output_capturing.OutputRecorder": "which layers' outputs are recorded",
-    "transformers.utils.output_capturing.capture_outputs": "records them",
-}
 
 
 def refuse_other_releases(release: str = transformers.__version__, module: str = __name__) -> None:

@@ -26,7 +26,7 @@ FOLDERS = ("modeling_deepseek_moe", "finetune", "conversion", "model_cards")
 HOMES = [ROOT / "modeling_deepseek_moe/_compat.py", ROOT / "finetune/_compat.py"]
 LISTED = {HOMES[0]: BORROWED, HOMES[1]: finetune_compat.BORROWED}
 ALL = [*BORROWED, *finetune_compat.BORROWED, *EXPORTED]
-OF_THE_STANDARD_LIBRARY = {"_replace", "_asdict", "_fields", "_make"}
+OF_THE_STANDARD_LIBRARY = {"_getframe", "_replace", "_asdict", "_fields", "_make"}
 PUT_THERE_BY_METACLASSES = {"_abc_impl", "_is_protocol", "_backward_cls"}
 
 
