@@ -2,10 +2,11 @@
 
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
+from ..data.tokenizer import check_tokenizer, load_tokenizer
 from ..errors import RecipeError, UserError, first_line
 from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
@@ -23,8 +24,8 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         "attn_implementation": recipe.attn_implementation,
         "experts_implementation": recipe.experts_implementation,
     }
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
@@ -34,11 +35,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
-            f"{len(tokenizer)} tokens: they do not belong together"
-        )
+    check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
     return model, tokenizer
 
 

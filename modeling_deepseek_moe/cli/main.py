@@ -14,7 +14,7 @@ from rich.text import Text
 from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
-from .use import chat, evaluate
+from .use import TrustRemoteCode, chat, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +93,7 @@ def experts(
     split: Annotated[str, typer.Option(help="Which split of Hub data sets.")] = "train",
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -108,6 +109,7 @@ def experts(
         max_length=max_length,
         batch_size=batch_size,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
 
 
