@@ -163,8 +163,9 @@ def _learned_turns(messages: list[dict[str, Any]]) -> list[int]:
     if not answers:
         raise RowError("`messages` has no turn with the role 'assistant' to learn from", "no answer")
     for key in ("mask", "weight"):
-        if wrong := next((m[key] for m in messages if m.get(key, 0) not in (0, 1)), None):
-            raise RowError(f"`{key}` of a message is 0 or 1, not {shown(wrong)}", MALFORMED)
+        for message in messages:
+            if message.get(key, 0) not in (0, 1):
+                raise RowError(f"`{key}` of a message is 0 or 1, not {shown(message[key])}", MALFORMED)
     turns = [i for i in answers if not messages[i].get("mask", 0) and messages[i].get("weight", 1)]
     if not turns:
         raise RowError("every answer has `mask: 1` or `weight: 0`", "nothing to learn")

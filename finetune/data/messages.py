@@ -42,8 +42,9 @@ def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     tools = [read_json(tool, "tools") for tool in tools] if isinstance(tools, list) else [tools]
-    if wrong := next((tool for tool in tools if not isinstance(tool, dict)), None):
-        raise RowError(f"`tools` is a list of objects; {shown(wrong)} is none", "malformed tools")
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise RowError(f"`tools` is a list of objects; {shown(tool)} is none", "malformed tools")
     return tools
 
 

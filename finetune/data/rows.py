@@ -18,6 +18,7 @@ Rows of preferences, for the `dpo` section, are in `preferences.py`.
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +72,11 @@ class Reading:
         """What tells these rows from all others, as 64 hexadecimal digits."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        if backend:
+            words = backend.to_str()
+        else:  # what a tokenizer in Python does is in its code
+            code = inspect.getsource(inspect.getmodule(type(tokenizer)))
+            words = json.dumps([tokenizer.get_vocab(), code], sort_keys=True)
         rules = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.kind, self.max_length]
         rules += [self.long_rows, self.bad_rows]
         return hashlib.sha256("\0".join([mark, words, json.dumps(rules)]).encode()).hexdigest()

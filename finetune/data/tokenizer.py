@@ -28,7 +28,7 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
     """
     name = os.fspath(model)
     try:
-        code = _code_of(get_tokenizer_config(name))
+        code = code_of(get_tokenizer_config(name))
         if code and trust_remote_code:
             # With a config at hand transformers looks for none, which may be code, too.
             config = DeepseekMoeConfig.from_pretrained(name)
@@ -62,7 +62,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: 
         )
 
 
-def _code_of(config: dict[str, Any]) -> str | None:
+def code_of(config: dict[str, Any]) -> str | None:
     """The class that a tokenizer's config names as its code, "module.Class"; the faster one, if there are two."""
     auto_map = config.get("auto_map") or {}
     classes = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map

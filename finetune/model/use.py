@@ -66,6 +66,8 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         with known_warnings():
             adapted = load_adapter(model, adapter)
         found = load_peft_weights(adapter, device="cpu").keys()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise UserError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
