@@ -12,6 +12,9 @@ part is tokenized apart from what precedes it, so the model sees the prompt's to
 An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
 leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
 
+Content may be a list of text parts, `tools` and arguments of tool calls JSON text (`messages.py`). Tool calls take the
+form that the template shows, and what it does not show of tools, calls and thoughts makes a row bad (`templates.py`).
+
 Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 

@@ -14,6 +14,7 @@ from .report import RowError
 logger = logging.get_logger(__name__)
 _Message = dict[str, Any]
 _REFUSED = "refused by the template"
+_MARK = "\ue000"  # of Unicode's private use area: in no text
 
 # Keys that hold an answer's thought, by different sources of data.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -21,6 +22,7 @@ _WAYS_OUT = {
     "tools": "describe them in the system message, as the model's documentation does",
     "tool_calls": "write the call into `content`, as the model's documentation does",
     "arguments": "write the call into `content`, as the model's documentation does",
+    "content": "give it a message of its own",
     "function_call": "write it as `tool_calls`, or into `content`",
     **dict.fromkeys(THOUGHTS, "put it into `content`, between the marks that the model knows (`<think>`)"),
 }
@@ -122,6 +124,8 @@ class ChatTemplate:
             as_text = _try(lambda: self.render([*before, {**message, "content": str(None)}]))
             if self.render([*before, message]) == as_text:
                 raise RowError("the chat template writes a `content` of null as text", _REFUSED)
+        if message.get("content") and _MARK not in self.render([*before, {**message, "content": _MARK}]):
+            raise _lost("content", " of a message that has `tool_calls`, too")
         probed, probes = _probed(message["tool_calls"])
         if not probes:
             return

@@ -147,6 +147,13 @@ def test_calls_that_are_shown_in_part_are_refused(template):
         encode({"messages": [USER, answer]}, tiny_tokenizer(template), 64)
 
 
+def test_what_is_said_beside_a_call_is_not_lost():
+    calls_alone = EITHER.replace("{{ m.content or '' }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")
+    with pytest.raises(RowError, match="does not show `content` of a message that has `tool_calls`, too"):
+        encode({"messages": [USER, call("w7", {}, content="w8")]}, tiny_tokenizer(calls_alone), 64)
+    assert pieces({"messages": [USER, call("w7", {}, content="")]}, calls_alone)[1] == "w60 w7 <unk> </s>"
+
+
 def test_arguments_that_are_no_json_can_be_shown_as_text():
     row = {"messages": [USER, call("w7", "w8 w9 }", content="")]}
     assert pieces(row, AS_TEXT)[1] == "w60 w7 w8 w9 <unk> </s>"
