@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import write_text
+from ..model.tokenizer import load_tokenizer
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
 from ..recipe.metrics import find_metric

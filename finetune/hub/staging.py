@@ -28,9 +28,9 @@ from modeling_deepseek_moe.conversion.engine.source import RECORD_NAME, is_other
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.conversion.request import plan_request
 
-from ..data.tokenizer import code_of
 from ..errors import UserError, first_line
 from ..files import write_text
+from ..model.tokenizer import code_of
 from ..runs.results import RunResults
 from .upload import HUB_FAILURES, read_file, without_secrets
 

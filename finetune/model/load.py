@@ -6,12 +6,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
-from ..data.tokenizer import check_tokenizer, load_tokenizer
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
+from .tokenizer import check_tokenizer, load_tokenizer
 
 
 def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -11,9 +11,9 @@ from modeling_deepseek_moe.finetune.data.chat import encode
 from modeling_deepseek_moe.finetune.data.messages import checked_messages, checked_tools, without_nulls
 from modeling_deepseek_moe.finetune.data.preferences import encode_preference
 from modeling_deepseek_moe.finetune.data.report import RowError
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.evaluate.answers import questions_of
 from modeling_deepseek_moe.finetune.evaluate.conversation import Conversation
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
 
 USER = {"role": "user", "content": "w1 w2"}
 ANSWER = {"role": "assistant", "content": "w3 w4"}

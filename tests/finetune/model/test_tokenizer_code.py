@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.rows import load_data
-from modeling_deepseek_moe.finetune.data.tokenizer import check_tokenizer, load_tokenizer
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.hub.push import push_run
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.model.tokenizer import check_tokenizer, load_tokenizer
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} ok"}]} for i in range(8)
@@ -154,8 +154,8 @@ def test_rows_are_read_again_when_the_code_has_changed(tmp_path):
 
 FROM_HUB = """
 import sys
-from modeling_deepseek_moe.finetune.data.tokenizer import load_tokenizer
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.model.tokenizer import load_tokenizer
+from modeling_deepseek_moe.finetune.errors import RecipeError
 tokenizer = load_tokenizer("me/kimi")
 print(tokenizer("Hello")["input_ids"], tokenizer.name_or_path, bool(tokenizer.chat_template))
 print(load_tokenizer("me/kimi", trust_remote_code=True)("Hello")["input_ids"])

@@ -20,9 +20,9 @@ from tokenization_kimi import TikTokenTokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from modeling_deepseek_moe.finetune.data.tiktoken_files import Unreadable, read_tiktoken
-from modeling_deepseek_moe.finetune.data.tokenizer import load_tokenizer
-from modeling_deepseek_moe.finetune.recipe.values import RecipeError
+from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.model.tiktoken_files import Unreadable, read_tiktoken
+from modeling_deepseek_moe.finetune.model.tokenizer import load_tokenizer
 
 TALK = [{"role": "user", "content": "Hello, 世界!"}, {"role": "assistant", "content": "HTTPServer's"}]
 TOOLS = [{"type": "function", "function": {"parameters": {"b": 1, "a": 2}, "name": "w"}}]
