@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from ..errors import RecipeError
+from ..errors import UserError
 
 RANKS = "tiktoken.model"
 RESERVED = "<|reserved_token_{}|>"
@@ -34,7 +34,7 @@ FILES = (RANKS, _CONFIG, "special_tokens_map.json", "*.jinja")
 _DROPPED = ("auto_map", "tokenizer_class", "added_tokens_decoder", "vocab_file", "tokenizer_file")
 
 
-class Unreadable(RecipeError):
+class Unreadable(UserError):
     """A tokenizer whose files do not say all that its code does."""
 
 
@@ -47,7 +47,7 @@ def read_tiktoken(folder: Path, code: str) -> PreTrainedTokenizerBase:
 
     Raises:
         Unreadable: the code says something that has to be run to be known.
-        RecipeError: a file is not what it should be.
+        UserError: a file is not what it should be.
     """
     config = json.loads((folder / _CONFIG).read_text("utf-8"))
     ranks = read_ranks(folder / RANKS)
@@ -76,7 +76,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Bytes of each token and its rank.
 
     Raises:
-        RecipeError: a line is not a token and its rank, a rank or a token is there twice, or one of the 256 bytes or
+        UserError: a line is not a token and its rank, a rank or a token is there twice, or one of the 256 bytes or
             one of the ranks is missing.
     """
     ranks: dict[bytes, int] = {}
@@ -87,11 +87,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise RecipeError(f"{path}, line {number}: not a token in base64 and its rank: {line[:60]!r}") from error
+            raise UserError(f"{path}, line {number}: not a token in base64 and its rank: {line[:60]!r}") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise RecipeError(f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}, each once")
+        raise UserError(f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}, each once")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise RecipeError(f"{path}: the byte {missing[0]} is no token, so not every text can be written")
+        raise UserError(f"{path}: the byte {missing[0]} is no token, so not every text can be written")
     return ranks
 
 
@@ -121,7 +121,7 @@ def _add_tokens(
     for number, token in {**dict(enumerate(tokens, start=first)), **named}.items():
         content = token["content"] if isinstance(token, dict) else token.content
         if backend.token_to_id(content) != number:
-            raise RecipeError(
+            raise UserError(
                 f"{folder / _CONFIG}: the special token {content!r} should have the id {number}, but is "
                 f"{backend.token_to_id(content)}"
             )

@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from modeling_deepseek_moe import DeepseekMoeConfig
 
-from ..errors import RecipeError, first_line
+from ..errors import UserError, first_line
 from .tiktoken_files import FILES, RANKS, RESERVED, Unreadable, read_tiktoken
 
 _ASK = "read it, and if you trust it set `trust_remote_code: true` (--trust-remote-code)"
@@ -24,7 +24,7 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
             tiktoken's files are read by `tiktoken_files.py`.
 
     Raises:
-        RecipeError: there is none, it cannot be read, or it is code and `trust_remote_code` does not allow to run it.
+        UserError: there is none, it cannot be read, or it is code and `trust_remote_code` does not allow to run it.
     """
     name = os.fspath(model)
     try:
@@ -36,12 +36,12 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
         if code:
             return _read(name, code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except RecipeError:
+    except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error
     if Path(str(getattr(tokenizer, "vocab_file", ""))).name == RANKS:
-        raise RecipeError(
+        raise UserError(
             f"cannot load model {name!r}: its {RANKS} has the tokens but not the pattern that cuts a text into them, "
             "and tokenizer_config.json names no code that says it (`auto_map`)"
         )
@@ -49,14 +49,14 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: str) -> None:
-    """Raise a RecipeError if texts can have tokens that a model of this vocabulary has not.
+    """Raise a UserError if texts can have tokens that a model of this vocabulary has not.
 
     Tokens reserved for nothing may lie beyond it: Kimi's code makes two more than the model knows.
     """
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
     prefix = RESERVED.partition("{}")[0]
     if any(not token.startswith(prefix) for token in beyond):
-        raise RecipeError(
+        raise UserError(
             f"model {model!r} has vocab_size={vocab_size} but its tokenizer knows {len(tokenizer)} tokens: they do "
             "not belong together"
         )
@@ -75,7 +75,7 @@ def _read(name: str, code: str) -> PreTrainedTokenizerBase:
     file = f"{code.rpartition('.')[0]}.py"
     refusal = f"cannot load model {name!r}: its tokenizer is code ({file}), which is not run unasked: {_ASK}"
     if "--" in code:  # in another repository
-        raise RecipeError(refusal)
+        raise UserError(refusal)
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", *FILES, file]))
@@ -83,10 +83,10 @@ def _read(name: str, code: str) -> PreTrainedTokenizerBase:
         try:
             tokenizer = read_tiktoken(folder, code)
         except Unreadable as error:
-            raise RecipeError(f"cannot load model {name!r}: {error}; {_ASK}") from error
+            raise UserError(f"cannot load model {name!r}: {error}; {_ASK}") from error
         tokenizer.name_or_path = name
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:
-        raise RecipeError(refusal) from error
+        raise UserError(refusal) from error

@@ -11,7 +11,7 @@ from modeling_deepseek_moe.finetune.data.chat import encode
 from modeling_deepseek_moe.finetune.data.messages import checked_messages, checked_tools, without_nulls
 from modeling_deepseek_moe.finetune.data.preferences import encode_preference
 from modeling_deepseek_moe.finetune.data.report import RowError
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.evaluate.answers import questions_of
 from modeling_deepseek_moe.finetune.evaluate.conversation import Conversation
 
@@ -48,7 +48,7 @@ def test_a_history_in_parts_is_talked_on_as_text():
     assert talks[0].ask("w7") == talks[1].ask("w7")
     assert talks[0].prompt_tokens == talks[1].prompt_tokens
     talks[1].messages = [{"role": "user", "content": [{"type": "image_url"}]}]
-    with pytest.raises(RecipeError, match="a part of the type 'image_url'"):
+    with pytest.raises(UserError, match="a part of the type 'image_url'"):
         talks[1].ask("w7")
 
 

@@ -20,7 +20,7 @@ from tokenization_kimi import TikTokenTokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.model.tiktoken_files import Unreadable, read_tiktoken
 from modeling_deepseek_moe.finetune.model.tokenizer import load_tokenizer
 
@@ -163,7 +163,7 @@ def test_what_would_have_to_be_run_is_refused_and_the_way_out_named(tmp_path, ch
     folder, _ = tiktoken_folder(tmp_path, source=change(SOURCE))
     with pytest.raises(Unreadable, match=message):
         read_tiktoken(folder, CODE)
-    with pytest.raises(RecipeError, match=f"tokenization_kimi.py.*{message}.*`trust_remote_code: true`") as caught:
+    with pytest.raises(UserError, match=f"tokenization_kimi.py.*{message}.*`trust_remote_code: true`") as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
 
@@ -184,7 +184,7 @@ def without(ranks, token):
 def test_ranks_that_cannot_be_right_are_refused(tmp_path, ranks, message):
     folder, _ = tiktoken_folder(tmp_path)
     write_ranks(folder / "tiktoken.model", ranks(trained_ranks()))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tokenizer(folder)
 
 
@@ -193,14 +193,14 @@ def test_a_line_that_is_no_token_with_its_rank_is_named(tmp_path, line):
     folder, _ = tiktoken_folder(tmp_path)
     path = folder / "tiktoken.model"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(RecipeError, match=f"tiktoken.model, line {len(trained_ranks()) + 1}: not a token in base64"):
+    with pytest.raises(UserError, match=f"tiktoken.model, line {len(trained_ranks()) + 1}: not a token in base64"):
         load_tokenizer(folder)
 
 
 def test_a_special_token_that_is_among_the_ranks_is_refused(tmp_path):
     ranks = trained_ranks()
     folder, first = tiktoken_folder(tmp_path, {**ranks, b"[BOS]": len(ranks)})
-    with pytest.raises(RecipeError, match=rf"'\[BOS\]' should have the id {first}, but is {first - 1}"):
+    with pytest.raises(UserError, match=rf"'\[BOS\]' should have the id {first}, but is {first - 1}"):
         load_tokenizer(folder)
 
 
@@ -208,5 +208,5 @@ def test_files_whose_code_nobody_names_are_not_read_by_another_models_pattern(tm
     """transformers reads them by Llama's, if it has tiktoken."""
     folder, _ = tiktoken_folder(tmp_path, auto_map=None, tokenizer_class=None)
     monkeypatch.setattr(TikTokenConverter, "load_tiktoken_bpe", staticmethod(lambda path: trained_ranks()))
-    with pytest.raises(RecipeError, match="tiktoken.model has the tokens but not the pattern"):
+    with pytest.raises(UserError, match="tiktoken.model has the tokens but not the pattern"):
         load_tokenizer(folder)

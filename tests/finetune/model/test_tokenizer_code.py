@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.finetune.data.rows import load_data
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.hub.push import push_run
 from modeling_deepseek_moe.finetune.model.tokenizer import check_tokenizer, load_tokenizer
 
@@ -94,7 +94,7 @@ def test_a_run_on_tiktokens_files_needs_no_code_and_leaves_an_ordinary_tokenizer
     code = load_tokenizer(model, trust_remote_code=True)
     assert len(code) == vocab_size + 2
     check_tokenizer(code, vocab_size, "it")
-    with pytest.raises(RecipeError, match="they do not belong together"):
+    with pytest.raises(UserError, match="they do not belong together"):
         check_tokenizer(code, vocab_size - 1, "it")
 
 
@@ -130,14 +130,14 @@ def test_without_code_the_key_changes_nothing(base, data, tmp_path):
 
 def test_code_in_another_repository_is_refused_by_name(tmp_path):
     folder, _ = tiktoken_folder(tmp_path, auto_map={"AutoTokenizer": ["else/where--tokenization_kimi.T", None]})
-    with pytest.raises(RecipeError, match=r"its tokenizer is code \(else/where--tokenization_kimi.py\), which is not"):
+    with pytest.raises(UserError, match=r"its tokenizer is code \(else/where--tokenization_kimi.py\), which is not"):
         load_tokenizer(folder)
 
 
 def test_a_code_without_tiktokens_files_is_refused_as_code(tmp_path):
     folder, _ = tiktoken_folder(tmp_path)
     (folder / "tiktoken.model").unlink()
-    with pytest.raises(RecipeError, match=r"its tokenizer is code \(tokenization_kimi.py\), which is not run unasked"):
+    with pytest.raises(UserError, match=r"its tokenizer is code \(tokenization_kimi.py\), which is not run unasked"):
         load_tokenizer(folder)
 
 
@@ -155,13 +155,13 @@ def test_rows_are_read_again_when_the_code_has_changed(tmp_path):
 FROM_HUB = """
 import sys
 from modeling_deepseek_moe.finetune.model.tokenizer import load_tokenizer
-from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.errors import UserError
 tokenizer = load_tokenizer("me/kimi")
 print(tokenizer("Hello")["input_ids"], tokenizer.name_or_path, bool(tokenizer.chat_template))
 print(load_tokenizer("me/kimi", trust_remote_code=True)("Hello")["input_ids"])
 try:
     load_tokenizer("me/absent")
-except RecipeError as error:
+except UserError as error:
     print(error)
 """
 
