@@ -1,6 +1,7 @@
 """The command `deepseek-moe`: thin verbs, whose work and whose imports are elsewhere."""
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -24,20 +25,34 @@ app = typer.Typer(
 )
 
 
+_Traceback = Annotated[bool, typer.Option("--traceback", help="Show the whole of an error, with where it came from.")]
+
+
 def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
-    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130).
+
+    The verb gets the option `--traceback`, with which that error ends in its traceback, and those of its causes, as
+    other errors do anyway.
+    """
 
     @functools.wraps(verb)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, traceback: bool = False, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except UserError as error:
+            if traceback:
+                raise
             _complain(" ".join(str(error).split()))
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop
 
+    # typer reads the options off the signature.
+    signature = inspect.signature(verb)
+    option = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Traceback)
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    wrapped.__annotations__ = {**verb.__annotations__, "traceback": _Traceback}
     return wrapped
 
 
