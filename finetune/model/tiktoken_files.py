@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -30,6 +30,9 @@ RESERVED = "<|reserved_token_{}|>"
 _CONFIG = "tokenizer_config.json"
 # Besides these and the code all that a tokenizer of this kind needs.
 FILES = (RANKS, _CONFIG, "special_tokens_map.json", "*.jinja")
+# What tokenizers' regular expressions (Oniguruma's) may read otherwise than tiktoken's: anchors of lines, possessive
+# counts, and escapes that only one of them has.
+_READ_OTHERWISE = re.compile(r"(?<![\\\[])[\^$]|\}\+|\\[bBAzZGKRXhH]")
 # Named in the config, but the saved files are of another class, and hold their special tokens elsewhere.
 _DROPPED = ("auto_map", "tokenizer_class", "added_tokens_decoder", "vocab_file", "tokenizer_file")
 
@@ -63,11 +66,15 @@ def read_tiktoken(folder: Path, code: str) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as name:
         made = Path(name)
         backend.save(str(made / "tokenizer.json"))
-        for path in folder.glob("*.jinja"):
-            text = path.read_text("utf-8")
-            (made / path.name).write_text(says.template(text), "utf-8")
-        if isinstance(fields.get("chat_template"), str):
-            fields["chat_template"] = says.template(fields["chat_template"])
+        for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
+            target = made / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(says.template(path.read_text("utf-8")), "utf-8")
+        match fields.get("chat_template"):
+            case str(text):
+                fields["chat_template"] = says.template(text)
+            case list(named):
+                fields["chat_template"] = [one | {"template": says.template(one["template"])} for one in named]
         (made / _CONFIG).write_text(json.dumps(fields), "utf-8")
         return PreTrainedTokenizerFast.from_pretrained(made)
 
@@ -149,7 +156,7 @@ class _Code:
             raise Unreadable(f"{self._path}, which says how a text is cut into tokens, cannot be read") from error
         found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
         self._body = found[-1].body if found else []
-        self.pattern = self._literal("pat_str", str)
+        self.pattern = self._pattern()
         self.reserved = self._literal("num_reserved_special_tokens", int)
         self.defaults = self._defaults()
         self._sorts_tools = self._renders_chats()
@@ -160,6 +167,18 @@ class _Code:
             return text
         text = re.sub(r"\btools\s*\|\s*tojson\s*\(\s*", "tools | tojson(sort_keys=true, ", text)
         return re.sub(r"\btools\s*\|\s*tojson\b(?!\s*\()", "tools | tojson(sort_keys=true)", text)
+
+    def _pattern(self) -> str:
+        pattern = self._literal("pat_str", str)
+        if found := _READ_OTHERWISE.search(pattern):
+            raise Unreadable(
+                f"{self._path}: `pat_str` has {found[0]!r}, which other libraries than tiktoken read otherwise"
+            )
+        try:
+            Regex(pattern)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise Unreadable(f"{self._path}: `pat_str` cannot be read: {error}") from error
+        return pattern
 
     def _literal(self, name: str, kind: type) -> Any:
         for node in reversed(self._body):

@@ -126,6 +126,20 @@ def test_chats_are_those_of_the_code(tmp_path, place):
         assert ids(ours, text) == ids(code, text)
 
 
+def test_further_chat_templates_come_along(tmp_path):
+    folder, _ = tiktoken_folder(tmp_path, chat_template=None, source=SOURCE + SORTS_TOOLS)
+    (folder / "chat_template.jinja").write_text("one")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | tojson }}")
+    assert load_tokenizer(folder).chat_template == {
+        "default": "one",
+        "tool_use": "{{ tools | tojson(sort_keys=true) }}",
+    }
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "{{ tools | tojson }}"}]
+    other, _ = tiktoken_folder(tmp_path / "other", chat_template=named, source=SOURCE + SORTS_TOOLS)
+    assert load_tokenizer(other).chat_template == load_tokenizer(folder).chat_template
+
+
 @pytest.mark.parametrize("written", ["tools | tojson", "tools|tojson(separators=(',', ':'))"])
 def test_tools_that_the_code_sorts_are_sorted_by_the_template(tmp_path, written):
     template = TEMPLATE.replace("tools | tojson", written)
@@ -152,12 +166,15 @@ def test_nothing_of_the_code_runs(tmp_path):
     "change, message",
     [
         (lambda s: s.replace('"|".join(', "sorted("), "does not say `pat_str` in a form that can be read without"),
+        (lambda s: s.replace(r"\s+(?!\S)", r"\s++$"), r"`pat_str` has '\$', which other libraries than tiktoken read"),
+        (lambda s: s.replace("{1,3}", "{1,3}+"), r"`pat_str` has '}\+', which"),
+        (lambda s: s.replace("{1,3}", "{1,3})"), "`pat_str` cannot be read: Oniguruma error"),
         (lambda s: s.replace("= 256", "= 2**8"), "does not say `num_reserved_special_tokens`"),
         (lambda s: s + SORTS_TOOLS.replace("deep_sort", "other"), "renders chats by itself"),
         (lambda s: s.replace("class Tik", "class Tok"), "does not say `pat_str`"),
         (lambda s: "(" + s, "cannot be read"),
     ],
-    ids=["pattern", "reserved", "chats", "class", "syntax"],
+    ids=["pattern", "anchor", "possessive", "broken", "reserved", "chats", "class", "syntax"],
 )
 def test_what_would_have_to_be_run_is_refused_and_the_way_out_named(tmp_path, change, message):
     folder, _ = tiktoken_folder(tmp_path, source=change(SOURCE))
