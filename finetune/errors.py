@@ -1,11 +1,12 @@
-"""Errors of fine-tuning, and the two ways to word one that every wing needs."""
+"""Errors of fine-tuning, and what every wing needs to word one."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 from modeling_deepseek_moe.errors import UserError
 
-__all__ = ["RecipeError", "UserError", "first_line", "nearest"]
+__all__ = ["RecipeError", "UserError", "first_line", "nearest", "raised_by"]
 
 
 class RecipeError(UserError):
@@ -20,3 +21,9 @@ def first_line(error: BaseException) -> str:
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The choice that is spelled most like `word`, for "did you mean"."""
     return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
+
+
+def raised_by(error: BaseException, *packages: str) -> bool:
+    """Whether the line that raised an exception is in one of these packages, and not in what they called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in packages

@@ -1,6 +1,8 @@
 """How a published model or adapter is loaded and served: the code of its card."""
 
+import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def ways_to_load(
     if kind == "adapter":
         to, refusal = serving_type(base_json) if base_json else ("bf16", "")
         names = repo_id, base or _UNKNOWN_BASE, to, refusal
-        return _lora(folder, *names) if (folder / ADAPTER_CONFIG).is_file() else _esft(*names)
+        ways = _lora(folder, *names) if (folder / ADAPTER_CONFIG).is_file() else _esft(*names)
+        return [_with_trust(way, folder) for way in ways]
     fields = json.loads((folder / "config.json").read_bytes())
     if kind == "code":
         plain = [
@@ -62,7 +65,16 @@ model = DeepseekMoeForCausalLM.from_pretrained("{repo_id}", dtype="auto")"""
         plain = [_model("Transformers", repo_id, ""), Way("This package", own, note=note)]
     else:
         plain = [_model("Transformers with this package", repo_id, _REGISTER)]
-    return [*plain, _serving(fields, repo_id)]
+    return [*(_with_trust(way, folder) for way in plain), _serving(fields, repo_id)]
+
+
+def _with_trust(way: Way, folder: Path) -> Way:
+    """The same where the tokenizer is code, which transformers runs only if told to."""
+    config = folder / "tokenizer_config.json"
+    if not config.is_file() or "auto_map" not in json.loads(config.read_bytes()):
+        return way
+    code = re.sub(r'(AutoTokenizer\.from_pretrained\("[^"]*")\)', r"\1, trust_remote_code=True)", way.code)
+    return dataclasses.replace(way, code=code)
 
 
 _REGISTER = "import modeling_deepseek_moe  # pip install deepseek-moe\n"

@@ -14,18 +14,18 @@ from modeling_deepseek_moe.cli.main import app, main
 from modeling_deepseek_moe.finetune.errors import RecipeError
 
 
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def call(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
 
-def run_failing_with(monkeypatch, error):
+def run_failing_with(monkeypatch, error, *more):
     """Let the work behind `finetune` end with `error`, so that only the reporting is tested."""
 
     def run(recipe):
         raise error
 
     monkeypatch.setitem(sys.modules, "modeling_deepseek_moe.finetune.train.one_run", types.SimpleNamespace(run=run))
-    return call("finetune", "lora_all", "data=rows.jsonl", "output_dir=out")
+    return call("finetune", "lora_all", "data=rows.jsonl", "output_dir=out", *more)
 
 
 def test_help_lists_the_verbs():
@@ -75,6 +75,35 @@ def test_a_bad_recipe_is_one_line_on_stderr(arguments, message):
 def test_errors_of_ours_become_one_line(monkeypatch, error):
     result = run_failing_with(monkeypatch, error)
     assert (result.exit_code, result.stderr) == (1, "first second\n")
+
+
+VERBS = ["finetune", "experts", "evaluate", "chat", "convert", "push", "plan", "demo", "esft score", "esft select"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_can_show_the_whole_of_an_error(verb):
+    assert "--traceback" in call(*verb.split(), "--help", env={"COLUMNS": "200"}).stdout
+
+
+def test_an_error_is_shown_whole_with_its_cause_if_asked_for(tmp_path):
+    code = (
+        "import sys; from modeling_deepseek_moe.cli.main import main\n"
+        "sys.argv = ['deepseek-moe', 'finetune', 'lora_all', 'data=d', f'output_dir={sys.argv[1]}', "
+        "'model=/nowhere/model', *sys.argv[2:]]\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), "--traceback"]
+    whole = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert whole.returncode == 1
+    assert "UserError: cannot load model '/nowhere/model': " in whole.stderr.splitlines()[-1]
+    assert whole.stderr.count("Traceback (most recent call last):") > 1
+    assert "was the direct cause of the following exception" in whole.stderr
+
+
+@pytest.mark.parametrize("error", [RecipeError("first\nsecond"), CheckpointError("first\nsecond")], ids=repr)
+def test_asked_for_a_traceback_the_error_itself_ends_the_command(monkeypatch, error):
+    result = run_failing_with(monkeypatch, error, "--traceback")
+    assert result.exception is error
 
 
 def test_markup_in_a_message_is_printed_as_it_is(monkeypatch):

@@ -1,11 +1,12 @@
 """A row as pieces of text, learned or not, and their token ids and labels (`rows.py` says which rows there are)."""
 
-import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .messages import MALFORMED, checked_messages, checked_object, checked_tools, shown
 from .report import CUT_AWAY, TOO_LONG, RowError
+from .templates import THOUGHTS, ChatTemplate
 
 IGNORED = -100
 _MARK = "\ue000"  # a character of Unicode's private use area: in no text
@@ -88,9 +89,7 @@ def _pieces(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, boo
     wanted = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
     for key in wanted:
         if not isinstance(row.get(key), str):
-            found = (
-                f"{key!r} is {json.dumps(row[key])[:60]}" if key in row else f"this one has {', '.join(row) or 'none'}"
-            )
+            found = f"{key!r} is {shown(row[key])}" if key in row else f"this one has {', '.join(row) or 'none'}"
             raise RowError(
                 f"a row has `messages`, `prompt` and `completion`, or `text`, as text; {found}", "of no known kind"
             )
@@ -99,45 +98,21 @@ def _pieces(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, boo
     return [(row[key], key != "prompt") for key in wanted]
 
 
-def checked_object(row: Any) -> dict[str, Any]:
-    """The row without its empty columns; a RowError if it is no JSON object."""
-    if not isinstance(row, dict):
-        raise RowError(f"a row is a JSON object, not {json.dumps(row)[:60]}", "no JSON object")
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def checked_messages(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
-    """The messages without their empty keys; a RowError if they are no list of messages with roles."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise RowError(f'`{name}` is a list of {{"role": ..., "content": ...}}', "malformed messages")
-    if not messages:
-        raise RowError(f"`{name}` is empty", "empty")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
 def _chat_pieces(
     messages: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
     turns = _learned_turns(messages)
     messages = [{key: value for key, value in m.items() if key not in ("mask", "weight")} for m in messages]
-
-    def render(messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template is a program of its own and can fail in any way
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RowError(f"the chat template refuses `messages`: {reason}", "refused by the template") from error
+    template = ChatTemplate(tokenizer, checked_tools(tools))
+    messages, render = template.fitted(messages, turns), template.render
 
     def opening(turn: int) -> tuple[str | None, str]:
-        """What a transcript has before and after the content of a turn; None if it does not show the content."""
-        before, shown, after = render(
-            [*messages[:turn], {**messages[turn], "content": _MARK}],
+        """What a transcript has before and after what a turn says; None if it does not show that."""
+        said = {"content", *(messages[turn].keys() & THOUGHTS)}
+        before, mark, after = render(
+            [*messages[:turn], {**messages[turn], **dict.fromkeys(said, _MARK)}],
         ).partition(_MARK)
-        return (before if shown else None), after
+        return (before if mark else None), after
 
     whole, pieces, done = render(messages), [], 0
     for role in {message["role"] for message in messages} - {"system", "user", "assistant"}:
@@ -150,7 +125,8 @@ def _chat_pieces(
         if _is_dropped(messages[turn], through):
             # A thought, which the template writes into no transcript: learn it as it is generated.
             before, after = opening(turn)
-            if turn + 1 < len(messages) or before is None or not prompt.startswith(before):
+            thinks = any(key in messages[turn] for key in THOUGHTS)
+            if turn + 1 < len(messages) or thinks or before is None or not prompt.startswith(before):
                 raise RowError(
                     "the chat template leaves a part of an answer (a thought?) out, so it cannot be learned as it is "
                     "generated: use one answer a row and let it come last, or give that message `mask: 1`",
@@ -187,18 +163,17 @@ def _learned_turns(messages: list[dict[str, Any]]) -> list[int]:
     if not answers:
         raise RowError("`messages` has no turn with the role 'assistant' to learn from", "no answer")
     for key in ("mask", "weight"):
-        if wrong := next((m[key] for m in messages if m.get(key, 0) not in (0, 1)), None):
-            raise RowError(f"`{key}` of a message is 0 or 1, not {json.dumps(wrong)[:60]}", "malformed messages")
+        for message in messages:
+            if message.get(key, 0) not in (0, 1):
+                raise RowError(f"`{key}` of a message is 0 or 1, not {shown(message[key])}", MALFORMED)
     turns = [i for i in answers if not messages[i].get("mask", 0) and messages[i].get("weight", 1)]
     if not turns:
         raise RowError("every answer has `mask: 1` or `weight: 0`", "nothing to learn")
     for i in turns:
-        content = messages[i].get("content") or ""
-        if not messages[i].get("tool_calls") and not (content.strip() if isinstance(content, str) else content):
+        if not messages[i].get("tool_calls") and not (messages[i]["content"] or "").strip():
             raise RowError("an answer is empty", "empty")
     return turns
 
 
 def _is_dropped(message: dict[str, Any], transcript: str) -> bool:
-    content = message.get("content")
-    return isinstance(content, str) and not message.get("tool_calls") and content.strip() not in transcript
+    return not message.get("tool_calls") and (message["content"] or "").strip() not in transcript

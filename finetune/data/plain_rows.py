@@ -32,7 +32,7 @@ def read_rows(model: Path, data: Path) -> Iterator[Row]:
     if not data.is_file():
         raise CheckpointError(f"{data} is not a file; give a text file or a JSONL file")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizer files can be broken in any way
         raise CheckpointError(f"{model} has no tokenizer that can be used: {first_line(error)}") from error
     try:

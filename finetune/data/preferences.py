@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import IGNORED, checked_messages, checked_object, cut_away, encode_whole, too_long
+from .chat import IGNORED, cut_away, encode_whole, too_long
+from .messages import checked_messages, checked_object
 from .report import RowError
 
 _SIDES = ("chosen", "rejected")

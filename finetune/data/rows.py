@@ -12,12 +12,16 @@ part is tokenized apart from what precedes it, so the model sees the prompt's to
 An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
 leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
 
+Content may be a list of text parts, `tools` and arguments of tool calls JSON text (`messages.py`). Tool calls take the
+form that the template shows, and what it does not show of tools, calls and thoughts makes a row bad (`templates.py`).
+
 Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +75,11 @@ class Reading:
         """What tells these rows from all others, as 64 hexadecimal digits."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        if backend:
+            words = backend.to_str()
+        else:  # what a tokenizer in Python does is in its code
+            code = inspect.getsource(inspect.getmodule(type(tokenizer)))
+            words = json.dumps([tokenizer.get_vocab(), code], sort_keys=True)
         rules = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.kind, self.max_length]
         rules += [self.long_rows, self.bad_rows]
         return hashlib.sha256("\0".join([mark, words, json.dumps(rules)]).encode()).hexdigest()

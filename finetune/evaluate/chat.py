@@ -42,6 +42,7 @@ def chat(
     seed: int | None = None,
     greedy: bool = False,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Talk with a model until Ctrl-D, `/exit` or the end of the pipe.
 
@@ -54,12 +55,13 @@ def chat(
         seed: of the sampling's random numbers; None for another conversation each time.
         greedy: take the likeliest token instead.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the tokenizer's code where it is code.
 
     Raises:
         UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
     """
     sampling = _sampling(max_new_tokens, temperature, top_p, greedy)
-    network, tokenizer = load_for_use(model, dtype, adapter)
+    network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code)
     if not greedy:
         own = network.generation_config
         sampling["temperature"] = temperature or own.temperature or _TEMPERATURE

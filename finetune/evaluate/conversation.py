@@ -14,6 +14,7 @@ from transformers import (
 
 from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
+from ..data.messages import checked_messages
 from ..errors import UserError, first_line
 from .answers import stop_tokens, text_of
 
@@ -97,7 +98,8 @@ class Conversation:
         """Tokens that question, answer and all that was said before may have."""
         return self.model.config.max_position_embeddings
 
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+        messages = checked_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of its own and can fail in any way

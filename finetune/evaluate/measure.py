@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..files import write_text
+from ..model.tokenizer import load_tokenizer
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
 from ..recipe.metrics import find_metric
@@ -49,6 +50,7 @@ class _Request(NamedTuple):
     batch_size: int
     max_new_tokens: int | None
     chat_template: bool
+    trust_remote_code: bool
 
 
 class _Measured(NamedTuple):
@@ -74,6 +76,7 @@ def evaluate_model(
     batch_size: int = 8,
     output: str | os.PathLike[str] = "evaluation",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model, and what it came from, and print both.
 
@@ -93,6 +96,7 @@ def evaluate_model(
         batch_size: questions or windows in one batch.
         output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the tokenizer's code where it is code.
 
     Returns:
         What `evaluation.json` holds, see the module's docstring.
@@ -111,7 +115,7 @@ def evaluate_model(
     if data is not None:
         find_metric(metric)
     with _folder(Path(output).expanduser()) as folder:
-        tokenizer = _tokenizer(os.fspath(model))
+        tokenizer = load_tokenizer(model, trust_remote_code)
         request = _Request(
             tasks=None if tasks is None else load_tasks(tasks),
             text=None if text is None else read_text(Path(text).expanduser()),
@@ -123,6 +127,7 @@ def evaluate_model(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
+            trust_remote_code=trust_remote_code,
         )
         one, other = _measure_both(model, adapter, before, dtype, tokenizer, request)
         base = before if before is not None else model if adapter is not None else None
@@ -179,7 +184,7 @@ def _measure_both(
     """Before, None if there is but one model, and after; never are two models in memory."""
     one = None
     if before is not None:
-        network, its_tokenizer = load_for_use(before, dtype)
+        network, its_tokenizer = load_for_use(before, dtype, trust_remote_code=request.trust_remote_code)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
@@ -188,7 +193,7 @@ def _measure_both(
         one = _measure(network, tokenizer, request, "before: ")
         del network
         gc.collect()
-    network, _ = load_for_use(model, dtype)
+    network, _ = load_for_use(model, dtype, trust_remote_code=request.trust_remote_code)
     if adapter is not None:
         if before is None:
             one = _measure(network, tokenizer, request, "before: ")
@@ -251,13 +256,6 @@ def _answer_rows(
         if one is not None:
             row["before"] = one.answers[number]
         yield row | {"answer": other.answers[number]}
-
-
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load model {model!r}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ def report_experts(
     max_length: int = 2048,
     batch_size: int = 8,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Run data through a model, print which experts serve it, and draw that.
 
@@ -81,6 +82,7 @@ def report_experts(
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the tokenizer's code where it is code.
 
     Returns:
         What `experts.json` holds, see the module's docstring.
@@ -100,7 +102,7 @@ def report_experts(
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
     recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
     with _replaced(folder, (PICTURE, TABLE)) as scratch:
-        network, tokenizer = load_for_use(model, dtype, adapter)
+        network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code)
         moe_layers(network)
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)

@@ -39,6 +39,7 @@ def score_data(
     max_length: int = 4096,
     batch_size: int = 8,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Scores:
     """Run a sample of the data through the model, and write the score of every expert.
 
@@ -51,6 +52,7 @@ def score_data(
         max_length: longer rows are cut to this many tokens.
         batch_size: rows in one forward pass.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the tokenizer's code where it is code.
 
     Returns:
         What the file holds, see `scores.py`.
@@ -66,7 +68,7 @@ def score_data(
     if max_length < 2:
         raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
-        network, tokenizer = load_for_use(model, dtype)
+        network, tokenizer = load_for_use(model, dtype, trust_remote_code=trust_remote_code)
         moe_layers(network)
         with tempfile.TemporaryDirectory(prefix=".scores-", dir=output.parent, ignore_cleanup_errors=True) as cache:
             rows = load_data(os.fspath(data), split, tokenizer, max_length, cache)

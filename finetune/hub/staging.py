@@ -30,6 +30,7 @@ from modeling_deepseek_moe.conversion.request import plan_request
 
 from ..errors import UserError, first_line
 from ..files import write_text
+from ..model.tokenizer import code_of
 from ..runs.results import RunResults
 from .upload import HUB_FAILURES, read_file, without_secrets
 
@@ -109,8 +110,10 @@ def stage(results: RunResults, kind: str, work: Path, base: str | None, fetch: C
     upload = work / "upload"
     shutil.rmtree(upload, ignore_errors=True)
     upload.mkdir(parents=True)
+    tokenizer_code = _tokenizer_code(weights)
     for path in sorted(weights.iterdir()):
-        if _is_pushed(path) and not (kind == "code" and path.suffix == ".py"):
+        is_models_code = path.suffix == ".py" and path.name not in tokenizer_code
+        if _is_pushed(path) and not (kind == "code" and is_models_code):
             _link(path, upload / path.name)
     if kind != "adapter" and results.adapter and results.model is None:
         # The run's tokenizer may have another chat template than the base's.
@@ -186,6 +189,16 @@ def _converted(results: RunResults, kind: str, target: Path, base: str | None, f
         shutil.rmtree(target)  # of an earlier call that was about something else
     convert(source, target, to, **options)
     return target
+
+
+def _tokenizer_code(folder: Path) -> set[str]:
+    """Names of the files with the code of a tokenizer that is code."""
+    config = folder / "tokenizer_config.json"
+    code = code_of(json.loads(config.read_bytes())) if config.is_file() else None
+    source = folder / f"{code.rpartition('.')[0]}.py" if code else None
+    if source is None or not source.is_file():
+        return set()
+    return {Path(path).name for path in (source, *get_relative_import_files(source))}
 
 
 def _is_pushed(path: Path) -> bool:

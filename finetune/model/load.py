@@ -1,16 +1,17 @@
 """The model that a recipe names, with the part of it that is to be trained."""
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
-from ..errors import RecipeError, UserError, first_line
+from ..errors import RecipeError, UserError, first_line, raised_by
 from ..recipe.schema import Recipe
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
+from .tokenizer import check_tokenizer, load_tokenizer
 
 
 def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -23,8 +24,8 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         "attn_implementation": recipe.attn_implementation,
         "experts_implementation": recipe.experts_implementation,
     }
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
@@ -34,11 +35,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"model {recipe.model!r} has vocab_size={model.config.vocab_size} but its tokenizer knows "
-            f"{len(tokenizer)} tokens: they do not belong together"
-        )
+    check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
     return model, tokenizer
 
 
@@ -51,8 +48,23 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | Pe
     """The model with LoRA on the recipe's targets; unchanged if it names none."""
     if not recipe.lora:
         return model
+    config = adapter_config(model, recipe)
     try:
         with known_warnings():
-            return get_peft_model(model, lora_config(model, **recipe.lora))
+            return get_peft_model(model, config)
+    except ValueError as error:
+        if not raised_by(error, "peft"):
+            raise
+        raise RecipeError(f"`lora.*`: {first_line(error)}") from error
+
+
+def adapter_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
+    """What the recipe's `lora` keys ask for.
+
+    Raises:
+        RecipeError: they name what the model has not, or what cannot be adapted so.
+    """
+    try:
+        return lora_config(model, **recipe.lora)
     except ValueError as error:
         raise RecipeError(f"`lora.*`: {first_line(error)}") from error

@@ -19,7 +19,10 @@ from .lora import known_warnings
 
 
 def load_for_use(
-    model: str | os.PathLike[str], dtype: str = "auto", adapter: str | os.PathLike[str] | None = None
+    model: str | os.PathLike[str],
+    dtype: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
@@ -27,6 +30,7 @@ def load_for_use(
         model: local folder or Hub name.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         adapter: folder or Hub name of an adapter to put on it.
+        trust_remote_code: run the tokenizer's code where it is code.
 
     Raises:
         UserError: the model or the adapter cannot be loaded, or they do not belong together.
@@ -34,7 +38,8 @@ def load_for_use(
     folder = Path(model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
-    network, tokenizer = load(make_recipe({"model": os.fspath(model), "data": "", "output_dir": "", "dtype": dtype}))
+    keys = {"model": os.fspath(model), "dtype": dtype, "trust_remote_code": trust_remote_code}
+    network, tokenizer = load(make_recipe({**keys, "data": "", "output_dir": ""}))
     if adapter is not None:
         network = put_adapter(network, adapter)
     if torch.cuda.is_available():
@@ -61,6 +66,8 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         with known_warnings():
             adapted = load_adapter(model, adapter)
         found = load_peft_weights(adapter, device="cpu").keys()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise UserError(f"cannot put adapter {adapter!r} on the model: {reason}") from error

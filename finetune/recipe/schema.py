@@ -23,6 +23,7 @@ class Recipe:
         packing: put several training rows into one sequence of `max_length` tokens, none of which sees another.
         streaming: read the rows while training instead of before; needs `eval_data` and `training.max_steps`.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the code of a tokenizer that is code; that of a model is never run.
         quantization: keep the frozen weights in four bits: nf4; None for not.
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
         gradient_checkpointing: compute activations twice to keep fewer.
@@ -55,6 +56,7 @@ class Recipe:
     bad_rows: Literal["stop", "skip"] = "stop"
     packing: bool = False
     streaming: bool = False
+    trust_remote_code: bool = False
     dtype: str = "auto"
     quantization: Literal["nf4"] | None = None
     attn_implementation: str | None = None

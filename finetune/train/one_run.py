@@ -10,15 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from .._compat import checkpointing_argument
 from ..data.rows import collator, recipe_rows
-from ..errors import RecipeError, UserError, first_line
+from ..errors import RecipeError, UserError, first_line, raised_by
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
 from ..experts.watch import watch_experts
@@ -111,13 +107,20 @@ def train_from(trainer: "FineTuner", checkpoint: Path | None, folder: Path) -> N
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: {_kept(folder)}; the same command goes on from there") from None
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors do not pass on the number of the error.
-        if not (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_full(folder, size)):
+        if not _is_of_a_full_disk(error, trainer, folder, size):
             raise
         raise UserError(
             f"the disk of {folder} is full ({first_line(error)}): {_kept(folder)}; free about {size / 1e9:.2f} GB, "
             "and the same command goes on from there"
         ) from error
+
+
+def _is_of_a_full_disk(error: Exception, trainer: "FineTuner", folder: Path, size: int) -> bool:
+    if number := getattr(error, "errno", None):
+        return number in (errno.ENOSPC, errno.EDQUOT)
+    # torch and safetensors do not pass on the number of the error. Nor does a device say that it failed in a save.
+    of_a_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    return trainer.control.should_save and not of_a_device and is_full(folder, size)
 
 
 def _kept(folder: Path) -> str:
@@ -137,12 +140,12 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
         rows = recipe_rows(recipe, tokenizer, folder)
     if recipe.esft:
         specialize(model, recipe, rows.train, arguments, folder)
+    callbacks = []
+    if recipe.bias_update_speed:
+        keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
+        callbacks = [_balance(model, recipe), *keep]
+    callbacks += [*rows.callbacks, MarkCheckpoints()]
     try:
-        callbacks = []
-        if recipe.bias_update_speed:
-            keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
-            callbacks = [BalanceExperts(model, recipe.bias_update_speed), *keep]
-        callbacks += [*rows.callbacks, MarkCheckpoints()]
         if recipe.dpo:
             from .preferences import preference_tuner  # only these runs need TRL
 
@@ -157,16 +160,23 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
-        if recipe.quantization:
-            leave_out_of_ddp(trainer.model)
-        if recipe.watch and model.config.has_experts:
-            watch_experts(trainer, folder)
-        check_room(trainer, recipe, folder)
-        return trainer
-    except UserError:
-        raise
     except ValueError as error:
+        if not raised_by(error, "transformers", "trl", "accelerate"):
+            raise
         raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
+    if recipe.quantization:
+        leave_out_of_ddp(trainer.model)
+    if recipe.watch and model.config.has_experts:
+        watch_experts(trainer, folder)
+    check_room(trainer, recipe, folder)
+    return trainer
+
+
+def _balance(model: PreTrainedModel, recipe: Recipe) -> BalanceExperts:
+    try:
+        return BalanceExperts(model, recipe.bias_update_speed)
+    except ValueError as error:
+        raise RecipeError(f"`bias_update_speed`: {first_line(error)}") from error
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

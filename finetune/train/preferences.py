@@ -13,9 +13,9 @@ from trl import DPOConfig, DPOTrainer
 
 from .._compat import ReadyRows
 from ..data.rows import RunRows
-from ..errors import RecipeError, first_line
-from ..model.load import load
-from ..model.lora import known_warnings, lora_config
+from ..errors import RecipeError, first_line, raised_by
+from ..model.load import adapter_config, load
+from ..model.lora import known_warnings
 from ..recipe.schema import Recipe
 from .trainer import RunTrainerMixin
 
@@ -27,6 +27,8 @@ class PreferenceTuner(RunTrainerMixin, ReadyRows, DPOTrainer):
         try:
             return super().compute_loss(*args, **kwargs)
         except ValueError as error:  # an option that TRL looks at only here
+            if not raised_by(error, "trl"):
+                raise
             raise RecipeError(f"`dpo.*`: {first_line(error)}") from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +52,8 @@ def preference_tuner(
     """A Trainer for the model, which it gives the recipe's adapters.
 
     Raises:
-        ValueError: the adapters or the settings do not fit; its message says how.
+        RecipeError: the adapters do not fit the model.
+        ValueError: the settings do not go together; its message says how.
     """
     # With adapters the reference is the model without them, and a copy of it else.
     needs_reference = not recipe.lora and not arguments.precompute_ref_log_probs
@@ -58,7 +61,7 @@ def preference_tuner(
         return PreferenceTuner(
             model=model,
             ref_model=load(recipe)[0] if needs_reference else None,
-            peft_config=lora_config(model, **recipe.lora) if recipe.lora else None,
+            peft_config=adapter_config(model, recipe) if recipe.lora else None,
             args=arguments,
             train_dataset=rows.train,
             eval_dataset=rows.eval,

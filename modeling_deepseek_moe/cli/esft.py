@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .use import TrustRemoteCode
+
 
 def score(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
@@ -15,6 +17,7 @@ def score(
     batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 8,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     split: Annotated[str, typer.Option(help="Which split of a Hub data set.")] = "train",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a sample of data through a model and score every expert: how many tokens it serves, with what weight."""
     from modeling_deepseek_moe.finetune.experts.score_data import score_data
@@ -28,6 +31,7 @@ def score(
         max_length=max_length,
         batch_size=batch_size,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -1,6 +1,7 @@
 """The command `deepseek-moe`: thin verbs, whose work and whose imports are elsewhere."""
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rich.text import Text
 from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
-from .use import chat, evaluate
+from .use import TrustRemoteCode, chat, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,20 +25,34 @@ app = typer.Typer(
 )
 
 
+_Traceback = Annotated[bool, typer.Option("--traceback", help="Show the whole of an error, with where it came from.")]
+
+
 def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
-    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130)."""
+    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130).
+
+    The verb gets the option `--traceback`, with which that error ends in its traceback, and those of its causes, as
+    other errors do anyway.
+    """
 
     @functools.wraps(verb)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, traceback: bool = False, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except UserError as error:
+            if traceback:
+                raise
             _complain(" ".join(str(error).split()))
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
             raise typer.Exit(130) from stop
 
+    # typer reads the options off the signature.
+    signature = inspect.signature(verb)
+    option = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Traceback)
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    wrapped.__annotations__ = {**verb.__annotations__, "traceback": _Traceback}
     return wrapped
 
 
@@ -93,6 +108,7 @@ def experts(
     split: Annotated[str, typer.Option(help="Which split of Hub data sets.")] = "train",
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -108,6 +124,7 @@ def experts(
         max_length=max_length,
         batch_size=batch_size,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
 
 

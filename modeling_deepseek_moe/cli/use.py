@@ -8,6 +8,9 @@ import typer
 _Model = Annotated[str, typer.Argument(help="Folder or Hub name of a model.")]
 _Adapter = Annotated[str | None, typer.Option(help="Folder or Hub name of an adapter for the model.")]
 _Dtype = Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, where it is code.")
+]
 
 
 def evaluate(
@@ -39,6 +42,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Questions or windows in one batch.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for evaluation.json and answers.jsonl.")] = Path("evaluation"),
     dtype: _Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model on benchmarks, a text or rows with answers; before and after in one table."""
     from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
@@ -60,6 +64,7 @@ def evaluate(
         batch_size=batch_size,
         output=output,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -77,6 +82,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling, for the same conversation again.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
     dtype: _Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model; /help in it shows what else it can do. Lines of a pipe are messages."""
     from modeling_deepseek_moe.finetune.evaluate.chat import chat as talk
@@ -91,4 +97,5 @@ def chat(
         seed=seed,
         greedy=greedy,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )

@@ -26,12 +26,13 @@ BAD = {
     "empty answer": json.dumps({"messages": [USER, {**ANSWER, "content": ""}]}),
     "no answer": json.dumps({"messages": [USER]}),
     "unknown role": json.dumps({"messages": [{"role": "usr", "content": "w9"}, USER, ANSWER]}),
-    "refused by the template": json.dumps({"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}),
+    "refused by the template": json.dumps({"messages": [{**USER, "name": "Ann"}, ANSWER]}),
+    "content that is no text": json.dumps({"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}),
     "nothing to learn": json.dumps({"messages": [USER, {**ANSWER, "mask": 1}]}),
 }
-# A template that knows three roles, and that adds text to text.
+# A template that knows three roles and no names.
 STRICT = (
-    "{{ bos_token }}{% for m in messages %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.name %}{{ raise_exception('no names') }}{% endif %}"
     "{% if m.role == 'assistant' %}{{ ' <bot> ' + m.content }} {{ eos_token }}"
     "{% elif m.role in ('user', 'system') %}{{ ' <user> ' + m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} <bot>{% endif %}"
@@ -74,13 +75,14 @@ def test_skipped_rows_are_counted_by_reason_and_shown_by_line(tmp_path, capsys):
             "no answer": 1,
             "unknown role": 1,
             "refused by the template": 1,
+            "content that is no text": 1,
             "nothing to learn": 1,
         }
         entry = found["left_out"]["not JSON"]
-        assert entry["first"] == ["line 2", "line 15", "line 16", "line 17", "line 18"]
+        assert entry["first"] == ["line 2", "line 16", "line 17", "line 18", "line 19"]
         assert entry["message"].startswith("not JSON (")
         table = " ".join(capsys.readouterr().out.split())
-        assert "2 of 20 used" in table and "left out: unknown role" in table and "line 11" in table
+        assert "2 of 21 used" in table and "left out: unknown role" in table and "line 11" in table
 
 
 def test_rows_that_are_all_good_show_no_table(tmp_path, capsys):

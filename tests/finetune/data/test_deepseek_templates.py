@@ -126,6 +126,36 @@ def test_an_answer_without_a_thought_follows_the_transcript_where_the_prompt_wou
     assert ids == [*R1_PROMPT, *R1_TURNS[0]] and learned(labels) == R1_TURNS[0]
 
 
+def weather(arguments, **message):
+    """A call of a tool with its result."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [{"role": "assistant", "tool_calls": [call], **message}, {"role": "tool", "content": "Sunny"}]
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."], ids=["null", "empty", "text"])
+@pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris"}], ids=["text", "object"])
+def test_r1_learns_a_tool_call_and_what_it_makes_of_the_result(r1, content, arguments):
+    """Its template tells a call without a text by a content of null, which transformers' own call takes away."""
+    talk = [TALK[0], *weather(arguments, content=content), TALK[3]]
+    ids, labels = encode({"messages": talk}, r1, 200)
+    call = (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+    )
+    result = "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>Sunny<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+    assert ids[: len(R1_PROMPT)] == R1_PROMPT
+    assert r1.decode(ids[len(R1_PROMPT) :]) == f"{content or ''}{call}{result}2<｜end▁of▁sentence｜>"
+    assert r1.decode(learned(labels)) == f"{content or ''}{call}2<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize("name, key", [("v2", "tool_calls"), ("r1", "tools")], ids=["V2", "R1"])
+def test_what_a_template_of_deepseek_does_not_show_is_named(request, name, key):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    row = {"messages": [TALK[0], *weather("{}", content=None), TALK[3]], "tools": tools}
+    with pytest.raises(RowError, match=f"the chat template does not show `{key}`, which would be lost"):
+        encode(row, request.getfixturevalue(name), 200)
+
+
 @pytest.mark.parametrize("name, prompt", [("v2", V2_PROMPT), ("r1", R1_PROMPT)], ids=["V2", "R1"])
 def test_a_preference_has_the_prompt_of_generation_and_answers_that_end(request, name, prompt):
     tokenizer = request.getfixturevalue(name)

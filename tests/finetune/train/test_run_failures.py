@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import tiny_values
-from transformers import TrainerCallback
 
 from modeling_deepseek_moe.finetune.errors import RecipeError, UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -77,13 +76,18 @@ def test_what_a_run_needs_is_what_it_writes(go, tmp_path, monkeypatch):
     assert sizes[0] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.25)
 
 
-class DiskFills(TrainerCallback):
-    def __init__(self, error):
-        self.error = error
+def fail_in_save(patch, error, free):
+    """Let what writes the second checkpoint fail, when a disk has so many bytes left."""
+    real = train.FineTuner._save
+    patch.setattr(train, "check_room", lambda *a: None)
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            raise self.error
+    def save(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            patch.setattr(shutil, "disk_usage", lambda path: DiskUsage(1, 1, free))
+            raise error
+        real(self, *args, **kwargs)
+
+    patch.setattr(train.FineTuner, "_save", save)
 
 
 @pytest.mark.parametrize(
@@ -94,28 +98,52 @@ class DiskFills(TrainerCallback):
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(tmp_path, base, monkeypatch, error, free):
     recipe = make_recipe(tiny_values(tmp_path, base))
     with monkeypatch.context() as patch:
-        real = train.FineTuner.__init__
-
-        def patched(self, *args, callbacks, **kwargs):
-            real(self, *args, callbacks=[DiskFills(error), *callbacks], **kwargs)
-            patch.setattr(shutil, "disk_usage", lambda path: DiskUsage(1, 1, free))
-
-        patch.setattr(train.FineTuner, "__init__", patched)
-        patch.setattr(train, "check_room", lambda *a: None)
+        fail_in_save(patch, error, free)
         with pytest.raises(UserError, match=r"the disk of .* is full .*checkpoint-2 is saved; free about") as caught:
             train.run(recipe)
     assert "\n" not in str(caught.value)
     assert train.run(recipe)["resumed_from"] == "checkpoint-2"
 
 
-def test_another_error_of_the_same_kind_is_not_taken_for_a_full_disk(go, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), PermissionError(errno.EACCES, "Permission denied")],
+    ids=["memory of the device", "no right to write"],
+)
+def test_what_else_fails_in_a_save_keeps_its_type_though_the_disk_is_almost_full(go, monkeypatch, error):
+    fail_in_save(monkeypatch, error, free=100)
+    with pytest.raises(type(error)) as caught:
+        go()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes do not match")],
+    ids=["memory of the device", "shapes"],
+)
+def test_an_error_of_a_step_is_not_taken_for_a_full_disk(go, monkeypatch, error):
     def fails(self, *args, **kwargs):
-        raise RuntimeError("shapes do not match")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(1, 1, 100))
+        raise error
 
     monkeypatch.setattr(train.FineTuner, "compute_loss", fails)
     monkeypatch.setattr(train, "eval_loss_before", lambda *a: None)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    monkeypatch.setattr(train, "check_room", lambda *a: None)
+    with pytest.raises(type(error)) as caught:
         go()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("where", ["watch_experts", "collator", "check_room"])
+def test_a_value_error_of_our_own_code_is_not_taken_for_settings(go, monkeypatch, where):
+    def fails(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, where, fails)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        go()
+    assert type(caught.value) is ValueError
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(tmp_path, base, monkeypatch):
