@@ -17,7 +17,7 @@ import yaml
 from ..evaluate.metrics import check_metric
 from ..model.lora import check_words, nearest
 from ..model.quantization import check_quantization
-from .checks import check_data_keys
+from .checks import check_data_keys, check_lora
 from .sections import OWN_INSTEAD, SECTIONS, check_esft, section_hints
 from .values import RecipeError, convert_value, kind_of, read_yaml
 
@@ -183,6 +183,7 @@ def _check(recipe: Recipe) -> None:
         check_words(recipe.lora.get("targets", []))
     except ValueError as error:
         raise RecipeError(f"`lora.targets`: {error}") from error
+    check_lora(recipe)
     check_quantization(recipe)
     if recipe.merge and not (recipe.lora or recipe.esft):
         raise RecipeError(

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from ..model.chosen_experts import is_specialized, release
 from ..model.esft_adapter import save_esft_adapter
 from ..model.load import trains_adapter
+from ..model.lora import save_adapters
 from ..recipe.load import Recipe
 from ..runs.folder import aside
+from .trainer import Finishes
 
 
-def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
+def save(trainer: Finishes, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> dict[str, str | None]:
     """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Training runs without a cache, and the Trainer says so in the config; whoever loads the result wants one.
@@ -27,7 +29,10 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, f
     saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
     if trains_adapter(model):
         with aside(folder / "adapter") as path:
-            save_esft_adapter(model, path) if is_specialized(model) else model.save_pretrained(path)
+            if is_specialized(model):
+                save_esft_adapter(model, path)
+            else:
+                save_adapters(model, path, trainer.initial_factors)
             tokenizer.save_pretrained(path)
         saved["saved_adapter"] = os.fspath(folder / "adapter")
         if not recipe.merge:

@@ -17,6 +17,7 @@ from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.experts import STACKED_PROJECTIONS, DeepseekMoeExperts
 
 from ..model.chosen_experts import is_specialized, trained_state
+from ..model.lora import factors_taken_from_base
 from ..recipe.values import RecipeError
 from ..runs.folder import last_checkpoint, write_text
 
@@ -35,6 +36,7 @@ class Finishes:
         self.step_times = StepTimes()
         super().__init__(*args, callbacks=[*(callbacks or []), self.step_times, _FiniteGradients(self)], **kwargs)
         self._batch: dict[str, Any] = {}
+        self.initial_factors = factors_taken_from_base(self.model)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; from a checkpoint that is already there, only restore it."""
