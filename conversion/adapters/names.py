@@ -30,6 +30,8 @@ KV_B_CHOICES = ("keep", "leave-out")
 
 _PROJECTIONS = dict(zip(STACKED, (("gate", "up"), ("down",)), strict=True))
 
+_MERGE = "merge it into its base: deepseek-moe convert BASE DST --to bf16 --adapter ADAPTER"
+
 Settings = dict[str, tuple[int, float]]  # rank and scaling of each adapted module or parameter
 
 
@@ -46,8 +48,12 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
     path = adapter.folder / ADAPTER_WEIGHTS
     if adapter.saved:
         raise CheckpointError(
-            f"{path}: {next(iter(adapter.saved))} is a whole tensor (modules_to_save), which servers do not take from "
-            "an adapter; merge it into its base: deepseek-moe convert BASE DST --to bf16 --adapter ADAPTER"
+            f"{path}: {next(iter(adapter.saved))} is a whole tensor (modules_to_save, adapted embedding or head), "
+            f"which servers do not take from an adapter; {_MERGE}"
+        )
+    if embedding := next((pair.a for pair in adapter.pairs.values() if pair.is_embedding), None):
+        raise CheckpointError(
+            f"{path}: {embedding} adapts the embedding, for which servers have no LoRA layer; {_MERGE}"
         )
     latent = {name for name in adapter.pairs if name.endswith(KV_B_PROJ)}
     if latent and kv_b_proj is None:

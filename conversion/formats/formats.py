@@ -123,7 +123,7 @@ def plan_conversion(
     source = adapter.source
 
     def step_of(name: str) -> Step | None:
-        return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype))
+        return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype), plain_dtype)
 
     shards = shards_like_source(source, step_of)
     written = {spec.dtype for shard in shards for spec in shard.tensors()}
