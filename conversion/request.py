@@ -20,6 +20,7 @@ from .upcycle.split import UPCYCLE
 
 ADAPTER_FORMATS = {
     "peft": "an adapter as PEFT writes it for stacked experts",
+    "peft-native": "an adapter as PEFT loads it on transformers' own deepseek_v2 and deepseek_v3 classes",
     "peft-per-expert": "an adapter with a pair for every expert, as vLLM and SGLang read it",
     "esft": "the trained tensors of a checkpoint beside those of its base",
 }
@@ -77,8 +78,8 @@ def plan_request(source: str | os.PathLike, target: str | os.PathLike, to: str, 
         return _checkpoint(source, to, **given)
     if to == "esft":
         return _esft(source, **given)
-    if to == "peft":
-        return Request(plan_stacked(open_adapter(source)), {"to": to})
+    if to in ("peft", "peft-native"):
+        return Request(plan_stacked(open_adapter(source), to), {"to": to})
     return _per_expert(source, **given)
 
 

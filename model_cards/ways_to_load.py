@@ -49,7 +49,11 @@ def ways_to_load(
     if kind == "adapter":
         to, refusal = serving_type(base_json) if base_json else ("bf16", "")
         names = repo_id, base or _UNKNOWN_BASE, to, refusal
-        ways = _lora(folder, *names) if (folder / ADAPTER_CONFIG).is_file() else _esft(*names)
+        if (folder / ADAPTER_CONFIG).is_file():
+            is_native = (base_json or {}).get("model_type") in _KNOWN_TO_TRANSFORMERS
+            ways = _lora(folder, *names, is_native)
+        else:
+            ways = _esft(*names)
         return [_with_trust(way, folder) for way in ways]
     fields = json.loads((folder / "config.json").read_bytes())
     if kind == "code":
@@ -88,7 +92,30 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")"""
     return Way(title, code)
 
 
-def _lora(folder: Path, repo_id: str, base: str, to: str, refusal: str) -> list[Way]:
+def is_lost_on_native_classes(adapter_config: dict[str, Any]) -> bool:
+    """Whether PEFT drops a part of an adapter on transformers' own DeepSeek classes, without a word."""
+    targets = json.dumps(adapter_config.get("target_modules"))
+    return any(name in targets for name in ("gate_proj", "up_proj", "down_proj", "all-linear"))
+
+
+def _native_class(config: dict[str, Any], repo_id: str, base: str) -> Way:
+    is_lost = is_lost_on_native_classes(config)
+    note = "It loads there as it is."
+    if is_lost:
+        note = (
+            "PEFT takes targets called gate_proj, up_proj and down_proj for those of routed experts there, and drops "
+            "LoRA on shared experts and dense layers without a word. Export the adapter first, with this package: "
+            f"`hf download {repo_id} --local-dir adapter`, `deepseek-moe convert adapter native --to peft-native`."
+        )
+    code = f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(model, "{"native" if is_lost else repo_id}")"""
+    return Way("Transformers' own class and PEFT, without this package", code, note=note)
+
+
+def _lora(folder: Path, repo_id: str, base: str, to: str, refusal: str, is_native: bool) -> list[Way]:
     config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
     load = f"""from transformers import AutoTokenizer
 from modeling_deepseek_moe import DeepseekMoeForCausalLM  # pip install deepseek-moe
@@ -101,6 +128,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")"""
     pefts = load.format(module="peft import PeftModel", function="PeftModel.from_pretrained")
     slower = "The same numbers; on routed experts PEFT's own layer is slower and needs more memory."
     ways = [Way("Transformers and PEFT, with this package", ours), Way("PEFT's own layer", pefts, note=slower)]
+    ways += [_native_class(config, repo_id, base)] if is_native else []
     merged = _merged(repo_id, base, to or "plain")
     if not to:
         return [*ways, Way("A whole model", merged, "bash"), _no_server(refusal)]

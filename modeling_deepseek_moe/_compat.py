@@ -82,9 +82,7 @@ BORROWED = (
     Borrowed("torch", "ops.aten._to_copy", "one of the three operations that such a weight has"),
     Borrowed("torch.utils._python_dispatch", "return_and_correct_aliasing", "what wrapper subclasses return"),
     Borrowed("torch.utils._python_dispatch", "is_traceable_wrapper_subclass", "kernels cannot read such weights"),
-    Borrowed(
-        "transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES", "other types are ours"
-    ),
+    Borrowed("transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES", "other types are ours"),
 )
 
 EXPORTED = (

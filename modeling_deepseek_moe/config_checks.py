@@ -63,6 +63,7 @@ class ConfigChecks:
         if not 0 <= self.attention_dropout <= 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must lie between 0 and 1")
         self._check_attention()
+        self._check_rotary_share()
         self._check_indexer()
         self._check_layer_types()
         if self.n_routed_experts is not None:
@@ -95,6 +96,17 @@ class ConfigChecks:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotary embeddings turn pairs")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or null for uncompressed queries")
+
+    def _check_rotary_share(self) -> None:
+        share = self.rope_parameters.get("partial_rotary_factor", 1)
+        if self.kv_lora_rank is None or share == 1:
+            return
+        own = self.qk_rope_head_dim / (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        if abs(share - own) > 1e-6:
+            raise ValueError(
+                f"partial_rotary_factor={share} of the rope settings is not the share that latent attention rotates: "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} of {self.qk_nope_head_dim + self.qk_rope_head_dim}"
+            )
 
     def _check_indexer(self) -> None:
         sizes = {name: getattr(self, name) for name in _INDEXER}

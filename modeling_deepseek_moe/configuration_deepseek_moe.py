@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .config_checks import ConfigChecks
 from .families import canonical_config_dict, family_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
-from .rope_spelling import join_rope_spellings, with_overrides
+from .rope_spelling import OLDER_FIELDS, check_longrope, join_rope_spellings, with_overrides
 from .transformers_names import CACHE_NAMES
 
 
@@ -51,11 +51,11 @@ class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
     Multi-token prediction: `num_nextn_predict_layers` MTP modules follow the main layers; `mtp_loss_weight` (the
     paper's lambda) trains them, 0 keeps them frozen.
 
-    Loss: training logits that would take more than `loss_chunk_bytes` in float32 are made in chunks of at most that
-    size, never all at once (see `chunked_loss`); 0 makes them all.
+    Loss: training logits of more than `loss_chunk_bytes` in float32 are made in chunks; 0 makes them all at once.
 
     Norms and rotary: `latent_norm_eps` is the epsilon of the two latent norms, 1e-6 in DeepSeek's own code whatever
-    `rms_norm_eps` says; `rope_interleave` tells how rotary pairs lie in the projection rows.
+    `rms_norm_eps` says; `rope_interleave` tells how rotary pairs lie in the projection rows; `rope_parameters` are
+    transformers', of any type, and a key that the type does not read is an error.
 
     Raises:
         ValueError: a value no model can have; the message names field, value and choices.
@@ -139,7 +139,7 @@ class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        older_rope = {name: kwargs.pop(name) for name in ("rope_theta", "rope_scaling") if name in kwargs}
+        older_rope = {name: kwargs.pop(name) for name in OLDER_FIELDS if name in kwargs}
         self.rope_parameters = join_rope_spellings(self.rope_parameters, older_rope)
         self.n_group = 1 if self.n_group is None else self.n_group
         self.topk_group = 1 if self.topk_group is None else self.topk_group
@@ -153,6 +153,7 @@ class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
         else:
             self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.head_dim = self.qk_rope_head_dim
+        check_longrope(self.rope_parameters, self.head_dim)
         kwargs.pop("qk_head_dim", None)
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)

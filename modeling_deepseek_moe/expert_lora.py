@@ -10,12 +10,14 @@ It serves every class that follows transformers' experts interface with `gate_up
 `down_proj [E, H, I]` without biases: DeepseekMoe, `deepseek_v3`, Qwen3-MoE, Mixtral, OLMoE and their like.
 """
 
+import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners import lora
 from torch import nn
 
@@ -27,6 +29,7 @@ from ._compat import (
     is_of_peft,
     register_layers,
 )
+from .expert_lora_start import changes_base, check_start, start_stacked
 from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
 from .kernels.sorted.sorted_mm import interface_departure
@@ -37,6 +40,9 @@ _SAME_PRODUCT = ("eager", "grouped_mm", "batched_mm", "sorted_mm", "triton", Non
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _KINDS = (nn.Parameter, torch.Tensor, NF4Weight)
+_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
+_WRAPPERS = ("", ".base_layer")
+_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 
 
 class ParamWrapper(lora.ParamWrapper):
@@ -78,6 +84,18 @@ class ParamWrapper(lora.ParamWrapper):
             return triton_experts(experts, x, *args, *lists)
         return sorted_experts(experts, x, *args, *lists)
 
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Adds an adapter, as PEFT's layer does; it can also start as `start_stacked` says, each expert by itself."""
+        how = config.init_lora_weights
+        check_start(how, self.parameter_name)
+        is_own = isinstance(how, str) and how.lower() != "gaussian"
+        if is_own:
+            config = copy.copy(config)
+            config.init_lora_weights = False
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        if is_own:
+            start_stacked(self, adapter_name, how)
+
     def _chain(self) -> "Iterator[lora.ParamWrapper]":
         module = self
         while isinstance(module, lora.ParamWrapper):
@@ -116,19 +134,56 @@ def load_adapter(
             their layer.
         adapter: folder or Hub id of an adapter saved by PEFT.
         adapter_name, is_trainable, **options: as in `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: the model has no place for a part of the adapter, which PEFT would leave out in silence, or the
+            adapter belongs to base weights that cannot be had again.
     """
     location = {key: options[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in options}
     config = PeftConfig.from_pretrained(adapter, **location)
     config.inference_mode = not is_trainable
-    if isinstance(config, LoraConfig) and _classes(config, model):
-        register_expert_lora(config, model)
+    if isinstance(config, LoraConfig):
+        _check_base(adapter, config)
+        if _classes(config, model):
+            register_expert_lora(config, model)
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, adapter, adapter_name, is_trainable, config=config, **options)
-    if adapter_name not in model.peft_config:
-        model.add_adapter(adapter_name, config)
-        model.set_requires_grad(adapter_name, requires_grad=is_trainable)
-    model.load_adapter(adapter, adapter_name, is_trainable=is_trainable, **options)
+        model = PeftModel.from_pretrained(model, adapter, adapter_name, is_trainable, config=config, **options)
+    else:
+        if adapter_name not in model.peft_config:
+            model.add_adapter(adapter_name, config)
+            model.set_requires_grad(adapter_name, requires_grad=is_trainable)
+        model.load_adapter(adapter, adapter_name, is_trainable=is_trainable, **options)
+    if isinstance(config, LoraConfig) and not options.get("key_mapping"):
+        _check_places(model, adapter, adapter_name, location)
     return model
+
+
+def _check_base(adapter: str, config: LoraConfig) -> None:
+    """The start of an adapter matters for what it did to the base weights; its own first values are replaced."""
+    how = config.init_lora_weights
+    if not changes_base(how):
+        config.init_lora_weights = True
+    elif "_niter_" in how:
+        raise ValueError(
+            f"adapter {adapter!r} started with init_lora_weights={how!r}, a random decomposition of the base weights "
+            "that cannot be repeated: save it by `modeling_deepseek_moe.expert_lora_start.save_plain_lora`, as runs do"
+        )
+
+
+def _check_places(model: PeftModel, adapter: str, adapter_name: str, location: dict[str, Any]) -> None:
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
+    for key in sorted(name for name in load_peft_weights(adapter, "cpu", **location) if ".lora_" in name):
+        experts = _ONE_EXPERT.match(key)  # PEFT stacks them where it knows the model
+        if key in own or (experts and not own.isdisjoint(f"{experts[1]}{inner}.lora_A.weight" for inner in _WRAPPERS)):
+            continue
+        hint = ""
+        if not experts and key.partition(".lora_")[0].endswith(_OF_EXPERTS):
+            model_type = model.get_base_model().config.model_type
+            hint = (
+                f" (PEFT takes targets of this name for routed experts in models of type {model_type}: "
+                "deepseek-moe convert ADAPTER TARGET --to peft-native)"
+            )
+        raise ValueError(f"adapter {adapter!r} does not fit the model, which has no place for {key}{hint}")
 
 
 def _classes(lora_config: LoraConfig, model: nn.Module) -> set[type[nn.Module]]:

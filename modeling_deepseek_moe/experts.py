@@ -9,6 +9,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+# The published tensors that make one expert's matrix in a stack, one below the other.
+STACKED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
@@ -48,16 +51,61 @@ class DeepseekMoeExperts(nn.Module):
             output = output.index_add(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
         return output.to(hidden_states.dtype)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # `load_state_dict` gets a saved checkpoint's per-expert names where a Trainer resumes or restores the best.
-        parts = {
-            projection: [f"{prefix}{expert}.{projection}.weight" for expert in range(self.num_experts)]
-            for projection in ("gate_proj", "up_proj", "down_proj")
+    def published_parts(self, stacked: str) -> dict[str, tuple[int, slice]]:
+        """Each tensor that checkpoints have of a stacked weight, and where it lies there: its expert and its rows."""
+        rows = self.hidden_dim if stacked == "down_proj" else self.intermediate_dim
+        return {
+            f"{expert}.{projection}.weight": (expert, slice(place * rows, (place + 1) * rows))
+            for expert in range(self.num_experts)
+            for place, projection in enumerate(STACKED_PROJECTIONS[stacked])
         }
-        if all(name in state_dict for names in parts.values() for name in names):
-            gate, up, down = (torch.stack([state_dict.pop(name) for name in names]) for names in parts.values())
-            state_dict |= {f"{prefix}gate_up_proj": torch.cat((gate, up), dim=1), f"{prefix}down_proj": down}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # `load_state_dict` gets a saved checkpoint's per-expert names where a Trainer resumes or restores the best,
+        # and of a checkpoint in several files those of one file a call.
+        lost = {}
+        for stacked in STACKED_PROJECTIONS:
+            if prefix + stacked in state_dict:
+                continue
+            parts = {prefix + name: place for name, place in self.published_parts(stacked).items()}
+            found = {name: state_dict.pop(name) for name in parts if name in state_dict}
+            if len(found) == len(parts) and len({tensor.shape for tensor in found.values()}) == 1:
+                state_dict[prefix + stacked] = (
+                    torch.stack(list(found.values())).unflatten(0, (self.num_experts, -1)).flatten(1, 2)
+                )
+            elif found:
+                lost[prefix + stacked] = [name for name in parts if name not in found]
+                is_assigned = local_metadata.get("assign_to_params_buffers", False)
+                error_msgs += _write_parts(getattr(self, stacked), found, parts, is_assigned)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys[:] = [name for key in missing_keys for name in lost.get(key, [key])]
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, width={self.intermediate_dim}"
+
+
+@torch.no_grad()
+def _write_parts(weight: torch.Tensor, found: dict, parts: dict[str, tuple[int, slice]], is_assigned) -> list[str]:
+    """Copies some of the published tensors of a stacked weight to their places; says what cannot be copied."""
+    if is_assigned or weight.is_meta or type(weight) not in (torch.Tensor, nn.Parameter):
+        reason = "assign=True" if is_assigned else f"a weight of kind {type(weight.data).__name__} on {weight.device}"
+        return [
+            f"{next(iter(found))} and {len(found) - 1} more are some of the {len(parts)} tensors of a stacked weight, "
+            f"and {reason} takes all of them in one call."
+        ]
+    errors = []
+    for name, tensor in found.items():
+        expert, rows = parts[name]
+        place = weight[expert, rows]
+        if tensor.shape == place.shape:
+            place.copy_(tensor)
+        else:
+            errors.append(
+                f"size mismatch for {name}: copying a param with shape {tensor.shape} from checkpoint, the shape in "
+                f"current model is {place.shape}."
+            )
+    return errors

@@ -23,7 +23,7 @@ def yarn_frequencies(rope: dict, dim: int) -> torch.Tensor:
 
     Args:
         rope: `rope_parameters` with `rope_theta`, `factor`, `original_max_position_embeddings` and, optionally,
-            `beta_fast` (32) and `beta_slow` (1).
+            `beta_fast` (32), `beta_slow` (1) and `truncate` (true: the ramp begins and ends at whole dimensions).
         dim: rotary width, even.
     """
     theta, window = rope["rope_theta"], rope["original_max_position_embeddings"]
@@ -31,9 +31,11 @@ def yarn_frequencies(rope: dict, dim: int) -> torch.Tensor:
     def dimension_of(rotations: float) -> float:
         return dim * math.log(window / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension_of(rope.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(dimension_of(rope.get("beta_slow") or 1)), dim - 1)
-    span = max(high - low, 0.001)
+    low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001  # the implementations step where both are one
     stretched_share = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     base = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return base * (1 - stretched_share) + base / rope["factor"] * stretched_share
@@ -42,24 +44,27 @@ def yarn_frequencies(rope: dict, dim: int) -> torch.Tensor:
 def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies `[head_dim / 2]` and the factor on cos and sin.
 
-    For YaRN the factor is mscale / mscale_all_dim in the form of `yarn_mscale`, as in DeepSeek's modeling files;
-    transformers' own function differs where `mscale_all_dim` is absent (FACTS T6).
+    For YaRN the factor is `attention_factor`, or else mscale / mscale_all_dim in the form of `yarn_mscale`, as in
+    DeepSeek's modeling files; transformers' own function differs where one of the two is absent (FACTS T6).
     """
     rope, dim = config.rope_parameters, config.rotary_dim
     if rope["rope_type"] == "default":
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
     if rope["rope_type"] != "yarn":
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    factor = rope["factor"]
-    numerator, denominator = rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0)
-    return yarn_frequencies(rope, dim), yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
+    on_cos_and_sin = rope.get("attention_factor")
+    if on_cos_and_sin is None:
+        factor, numerator, denominator = rope["factor"], rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0)
+        on_cos_and_sin = yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
+    return yarn_frequencies(rope, dim), on_cos_and_sin
 
 
 def softmax_scale(config) -> float:
-    """Factor on the attention scores: the width q and k have when expanded, times YaRN's `mscale_all_dim` squared."""
+    """Factor on the attention scores: the width q and k have when expanded, times YaRN's `mscale_all_dim` squared,
+    which counts with every rope type but "default", as in DeepSeek's modeling files."""
     width = config.qk_head_dim or config.head_dim
     rope = config.rope_parameters
-    if rope["rope_type"] != "yarn" or not rope.get("mscale_all_dim"):
+    if rope["rope_type"] == "default" or not rope.get("mscale_all_dim"):
         return width**-0.5
     return width**-0.5 * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
 

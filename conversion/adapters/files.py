@@ -5,6 +5,7 @@ PEFT 0.21 wraps each stacked weight of an experts module in a layer of its own, 
 adapted. A of `E` experts is `(E * r, in)`, expert after expert; B is `(out, r * E)`, with the experts innermost.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -26,7 +27,10 @@ EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<expert>0|[1-9]\d{0,4})\
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _DTYPES = ("F32", "F16", "BF16")
-_LORA_KEY = re.compile(r"(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+_LORA_KEY = re.compile(r"(?P<module>[\w.]+)\.lora_(?:(?P<factor>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+# PEFT saves these whole where they are adapted, were resized, or somebody asked for it.
+_EMBEDDING_OR_HEAD = re.compile(r"(?P<module>(?:[\w.]+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
+_EMBEDDING = ".embed_tokens"
 _WRAPPED = re.compile(r"(?P<experts>.+\.mlp\.experts)(?P<inner>\.base_layer)?")
 # What a field says besides the factors themselves; every other field must be unset.
 _READ_FIELDS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"}
@@ -48,6 +52,7 @@ class Pair:
         a, b: their keys.
         rank, scaling: what holds for this weight, whatever the patterns of the config are.
         experts: how many a stacked weight has; None for one matrix.
+        is_embedding: whether the weight has a row for each token; it gets the transposed product.
     """
 
     a: str
@@ -55,6 +60,7 @@ class Pair:
     rank: int
     scaling: float
     experts: int | None = None
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,16 @@ class LoraAdapter(TensorFolder):
     Attributes:
         pairs: factors by the adapted module's name in the model, or by the parameter's if it is stacked.
         parameters: those of `pairs` that PEFT adapts as bare parameters, named without the final `.weight`.
-        saved: keys of whole tensors that replace the base's (`modules_to_save`), by the tensor's name.
+        saved: keys of whole tensors that replace the base's, by the tensor's name.
+        in_place: those of `saved` that are the base's own embedding or head, and not copies beside them
+            (`modules_to_save`): where these two are one weight, it stays one.
         other_files: names of what lies beside them.
     """
 
     pairs: dict[str, Pair]
     parameters: tuple[str, ...]
     saved: dict[str, str]
+    in_place: frozenset[str]
     other_files: tuple[str, ...]
 
 
@@ -92,11 +101,10 @@ def open_adapter(folder: str | os.PathLike) -> LoraAdapter:
     check_links(folder, (ADAPTER_WEIGHTS, *others))
     entries = read_entries(path)
     config = _Config(folder / ADAPTER_CONFIG, config_json)
-    pairs, saved = _pairs(path, entries, config)
+    pairs, saved, in_place = _pairs(path, entries, config)
     parameters = tuple(name for name in pairs if name.endswith(STACKED) or config.is_parameter(f"{name}.weight"))
-    return LoraAdapter(
-        folder, config_json, dict.fromkeys(entries, ADAPTER_WEIGHTS), entries, pairs, parameters, saved, others
-    )
+    file_of = dict.fromkeys(entries, ADAPTER_WEIGHTS)
+    return LoraAdapter(folder, config_json, file_of, entries, pairs, parameters, saved, in_place, others)
 
 
 class _Config:
@@ -184,20 +192,30 @@ def _ends_with(name: str, endings: list[str] | None) -> bool:
     return any(f".{name}".endswith(f".{ending}") for ending in endings or ())
 
 
-def _pairs(path: Path, entries: dict[str, TensorEntry], config: _Config) -> tuple[dict[str, Pair], dict[str, str]]:
+def _pairs(
+    path: Path, entries: dict[str, TensorEntry], config: _Config
+) -> tuple[dict[str, Pair], dict[str, str], frozenset[str]]:
     factors: dict[str, dict[str, str]] = {}
-    saved = {}
+    saved, in_place = {}, set()
     for key, entry in entries.items():
         name = key.removeprefix(ADAPTER_PREFIX)
-        lora = _LORA_KEY.fullmatch(name)
-        if name == key or not (lora or config.is_saved(name)):
+        lora, whole = _LORA_KEY.fullmatch(name), _EMBEDDING_OR_HEAD.fullmatch(name)
+        if name == key or not (lora or whole or config.is_saved(name)):
             raise CheckpointError(f"{path}: tensor {key} is neither a LoRA factor nor one of modules_to_save")
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {key} is {entry.dtype}, not one of {', '.join(_DTYPES)}")
         if lora:
-            factors.setdefault(lora["module"], {})[lora["factor"]] = key
-        else:
-            saved[name] = key
+            is_embedding = f".{lora['module']}".endswith(_EMBEDDING)
+            if is_embedding != bool(lora["embedding"]):
+                kind = "an embedding's" if is_embedding else "a linear layer's or a stacked weight's"
+                raise CheckpointError(f"{path}: tensor {key} is not called as {kind} factors are")
+            factors.setdefault(lora["module"], {})[lora["factor"] or lora["embedding"]] = key
+            continue
+        name = name if config.is_saved(name) else f"{whole['module']}.weight"
+        if name in saved:
+            raise CheckpointError(f"{path}: tensors {saved[name]} and {key} are both {name}")
+        saved[name] = key
+        in_place |= set() if config.is_saved(name) else {name}
     if not factors:
         raise CheckpointError(f"{path} holds no LoRA factors")
     pairs = {}
@@ -206,9 +224,10 @@ def _pairs(path: Path, entries: dict[str, TensorEntry], config: _Config) -> tupl
             (key,) = keys.values()
             raise CheckpointError(f"{path}: tensor {key} has no {'AB'.strip(*keys)} beside it")
         name, is_stacked = _adapted(path, module, factors, config, keys["A"])
-        pairs[name] = _pair(path, entries, config, name, keys, is_stacked)
+        pair = _pair(path, entries, config, name, keys, is_stacked)
+        pairs[name] = dataclasses.replace(pair, is_embedding=f".{module}".endswith(_EMBEDDING))
     _check_stacks(path, entries, pairs)
-    return pairs, saved
+    return pairs, saved, frozenset(in_place)
 
 
 def _adapted(path: Path, module: str, factors, config: _Config, key: str) -> tuple[str, bool]:

@@ -19,16 +19,17 @@ from modeling_deepseek_moe.checkpoint_layout import MTP_COPIES
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 from modeling_deepseek_moe.parts import part_of
 
-from ..engine.operations import Copy, Dequantize, Operation, Quantize
+from ..engine.operations import Cast, Copy, Dequantize, Operation, Quantize
 from ..engine.plan import Step, TensorSpec
 from ..engine.source import SourceCheckpoint
 from ..engine.writing import Reader
 from .esft import ESFT_CONFIG, EsftAdapter, open_esft, replaced_by
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraAdapter, Pair, open_adapter
-from .overlay import overlaid
+from .overlay import overlaid, untied
 
 # Both factors of both stacked weights of a layer, however its experts are mixed in a file.
 _FACTORS_IN_MEMORY = 4
+EMBEDDING, HEAD = MTP_COPIES.values()
 
 
 class Factors:
@@ -48,23 +49,30 @@ class Delta:
     """What is added to one weight.
 
     Attributes:
-        factors: the adapter's, read when they are needed.
-        pair: keys of A and B.
-        is_parameter: whether PEFT adapts the weight as a bare parameter, as transformers has those of experts; it then
-            rounds the product by itself.
-        expert: number of the expert whose part of stacked factors it is.
+        factors: of the adapter.
+        pair: where A and B are.
+        rounds_product: whether PEFT rounds the product to the weight's type before it adds it.
+        expert: whose part of stacked factors it is.
         rows: first and last but one row of B that belong to the weight; None for all.
     """
 
     factors: Factors
     pair: Pair
-    is_parameter: bool
+    rounds_product: bool
     expert: int = 0
     rows: tuple[int, int] | None = None
 
+    def product(self) -> torch.Tensor:
+        """B A in float32, as the weight lies."""
+        b, a = self.matrices()
+        # As PEFT multiplies: the transposed product has the same terms, but other roundings.
+        return (a.t() @ b.t()).t() if self.pair.is_embedding else b @ a
+
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B `(out, r)` and A `(r, in)` in float32."""
+        """The left factor `(rows, r)` and the right one `(r, columns)` in float32; of a linear layer B and A."""
         a, b = self.factors.read(self.pair.a), self.factors.read(self.pair.b)
+        if self.pair.is_embedding:
+            return a.t(), b.t()
         b = b[slice(*self.rows)] if self.rows else b
         experts = self.pair.experts or 1
         return b.view(len(b), -1, experts)[..., self.expert].contiguous(), a.chunk(experts)[self.expert]
@@ -97,9 +105,8 @@ class Merge:
         return self.after.problem((merged.to(weight.dtype),), outputs)
 
     def _merged(self, weight: torch.Tensor) -> torch.Tensor:
-        b, a = self.delta.matrices()
-        product = (b @ a) * self.delta.pair.scaling
-        if self.delta.is_parameter:
+        product = self.delta.product() * self.delta.pair.scaling
+        if self.delta.rounds_product:
             product = product.to(weight.dtype)
         merged = (weight + product).to(weight.dtype)
         if not torch.isfinite(merged).all():
@@ -116,20 +123,34 @@ class AppliedAdapter:
         adapter: what is applied; None if nothing is.
         deltas: what is added to weights, by their names.
         only: modules whose LoRA is merged; empty for all.
+        dtypes: types that replaced tensors get before anything else: those of what they replace, as PEFT loads them.
     """
 
     source: SourceCheckpoint
     adapter: LoraAdapter | EsftAdapter | None = None
     deltas: dict[str, Delta] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def without_logits(self) -> str:
         """Why no tokens can be run through source and result to compare them."""
         return "an adapter was merged, so the source computes something else" if self.adapter else ""
 
-    def step(self, name: str, step_of: Callable[[str], Step | None]) -> Step | None:
-        """The step of tensor `name` with its `Delta` in it; `step_of` gives the step without."""
+    def step(self, name: str, step_of: Callable[[str], Step | None], dtype: torch.dtype | None = None) -> Step | None:
+        """The step of tensor `name` with its `Delta` in it.
+
+        Args:
+            name: of the tensor.
+            step_of: gives the step without.
+            dtype: that all weights are to get; None if each keeps its own.
+        """
+        if name in self.dtypes and isinstance((step := step_of(name)).recipe, Copy | Cast):
+            wanted = dtype or self.dtypes[name]
+            recipe = Copy() if wanted == self.source.dtype(name) else Cast(wanted)
+            if name in self.deltas:
+                recipe = Merge(recipe, self.deltas[name], Copy())
+            return Step(recipe, step.sources, (dataclasses.replace(step.outputs[0], dtype=wanted),))
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight not in self.deltas or (name != weight and not self.source.is_fp8(weight)):
             return step_of(name)
@@ -178,17 +199,47 @@ def apply_adapter(source: SourceCheckpoint, folder: str | os.PathLike, only: tup
         raise CheckpointError(f"{folder} has neither {ADAPTER_CONFIG} nor {ESFT_CONFIG}")
     adapter = open_adapter(folder)
     pairs = {name: pair for name, pair in adapter.pairs.items() if _is_chosen(name, only)}
-    saved = {
-        weight: key
-        for name, key in adapter.saved.items()
-        if _is_chosen(name.rpartition(".")[0], only)
-        for weight in _with_copies(source, _published(name))
-    }
+    saved = {name: key for name, key in adapter.saved.items() if _is_chosen(name.rpartition(".")[0], only)}
     if not pairs and not saved:
         modules = sorted({name.rpartition(".")[2] for name in adapter.pairs})
         raise CheckpointError(f"{folder}: --only {','.join(only)} names nothing of it; it has {', '.join(modules)}")
+    if source.config.tie_word_embeddings:
+        source, pairs, saved = _settle_ties(source, adapter, pairs, saved)
+    replaced = {weight: key for name, key in saved.items() for weight in _with_copies(source, _published(name))}
     deltas = _deltas(source, adapter, pairs)
-    return AppliedAdapter(overlaid(source, adapter, saved), adapter, deltas, only)
+    dtypes = {
+        name: source.dtype(name)
+        for name in replaced
+        if name in source.entries and not source.is_fp8(name) and not name.endswith("e_score_correction_bias")
+    }
+    return AppliedAdapter(overlaid(source, adapter, replaced), adapter, deltas, only, dtypes)
+
+
+def _settle_ties(
+    source: SourceCheckpoint, adapter: LoraAdapter, pairs: dict[str, Pair], saved: dict[str, str]
+) -> tuple[SourceCheckpoint, dict[str, Pair], dict[str, str]]:
+    """What an adapter does to a checkpoint whose embedding is its head too; where it does two things, they part."""
+    ours = {_published(name): name for name in (*pairs, *saved)}
+    embedding, head = (ours.get(name.removesuffix(".weight")) for name in (EMBEDDING, HEAD))
+    if embedding and head and _is_one(adapter, pairs[embedding], pairs[head]):
+        pairs = {name: pair for name, pair in pairs.items() if name != head}
+        embedding = head = None
+    whole = {name: ours[name] for name in (EMBEDDING, HEAD) if name in ours}
+    copies = [name for name, own in whole.items() if own not in adapter.in_place]
+    kept = {name: key for name, key in saved.items() if name not in whole.values()}
+    own = next((saved[name] for name in whole.values() if name in adapter.in_place), None)
+    weights = [EMBEDDING]
+    if embedding or head or copies:
+        source, weights = untied(source), [EMBEDDING, HEAD]
+    kept |= {name: saved[whole[name]] if name in copies else own for name in weights if name in copies or own}
+    return source, pairs, kept
+
+
+def _is_one(adapter: LoraAdapter, embedding: Pair, head: Pair) -> bool:
+    """Whether both get the same product, as PEFT has it with `ensure_weight_tying`."""
+    read = Factors(adapter).read
+    same = torch.equal(read(embedding.a).t(), read(head.b)) and torch.equal(read(embedding.b).t(), read(head.a))
+    return same and embedding.scaling == head.scaling
 
 
 def _is_chosen(name: str, only: tuple[str, ...]) -> bool:
@@ -197,13 +248,14 @@ def _is_chosen(name: str, only: tuple[str, ...]) -> bool:
 
 def _published(name: str) -> str:
     """A name of the model's, as checkpoints have it; adapters of a model without a head leave out `model.`."""
-    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+    return name if name.startswith(("model.", "lm_head.")) or name == "lm_head" else f"model.{name}"
 
 
 def _with_copies(source: SourceCheckpoint, name: str) -> list[str]:
     """A tensor and what MTP modules repeat of it, since they share embedding and head with the model."""
     first, count = source.config.num_hidden_layers, source.config.num_nextn_predict_layers
-    copies = [copy for copy, original in MTP_COPIES.items() if original == name]
+    names = {name, HEAD} if name == EMBEDDING and source.config.tie_word_embeddings else {name}
+    copies = [copy for copy, original in MTP_COPIES.items() if original in names]
     repeated = [f"model.layers.{layer}.{copy}" for layer in range(first, first + count) for copy in copies]
     return [name, *(copy for copy in repeated if copy in source.entries)]
 
@@ -211,7 +263,9 @@ def _with_copies(source: SourceCheckpoint, name: str) -> list[str]:
 def _deltas(source: SourceCheckpoint, adapter: LoraAdapter, pairs: dict[str, Pair]) -> dict[str, Delta]:
     factors, deltas = Factors(adapter), {}
     for name, pair in pairs.items():
-        whole = Delta(factors, pair, name in adapter.parameters or part_of(name) == "routed_experts")
+        # PEFT rounds the product by itself in its layers of bare parameters and of embeddings.
+        rounds = pair.is_embedding or name in adapter.parameters or part_of(name) == "routed_experts"
+        whole = Delta(factors, pair, rounds)
         if pair.experts:
             parts = _expert_parts(source, adapter, name, whole)
         else:
@@ -220,15 +274,15 @@ def _deltas(source: SourceCheckpoint, adapter: LoraAdapter, pairs: dict[str, Pai
             entry = source.entries.get(weight)
             columns = adapter.entries[pair.a].shape[1]
             first, end = delta.rows or (0, adapter.entries[pair.b].shape[0])
+            made = (end - first, columns)[:: -1 if pair.is_embedding else 1]
             path = adapter.folder / ADAPTER_WEIGHTS
             if entry is None:
                 raise CheckpointError(
                     f"{path}: tensor {pair.a} belongs to {weight}, which {source.folder} does not have"
                 )
-            if entry.shape != (end - first, columns):
+            if entry.shape != made:
                 raise CheckpointError(
-                    f"{path}: tensors {pair.a} and {pair.b} make {[end - first, columns]}, but {weight} is "
-                    f"{list(entry.shape)}"
+                    f"{path}: tensors {pair.a} and {pair.b} make {list(made)}, but {weight} is {list(entry.shape)}"
                 )
             if weight in deltas:
                 raise CheckpointError(f"{path}: {weight} has more than one pair of factors")

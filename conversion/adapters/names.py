@@ -1,4 +1,5 @@
-"""Adapters of routed experts as PEFT stacks them, and as vLLM and SGLang read them: one pair a projection and expert.
+"""Adapters of routed experts as PEFT stacks them, as vLLM and SGLang read them (one pair a projection and expert), and
+as PEFT loads them on transformers' own classes.
 
 The servers read `r` and `lora_alpha`, no patterns, and SGLang not `use_rslora`. So for them all pairs get one rank,
 the lower ones by zeros, and one scaling, which is `lora_alpha / r`: what a pair's own is off goes into its B.
@@ -21,6 +22,10 @@ KV_B_CHOICES = ("keep", "leave-out")
 
 _PROJECTIONS = dict(zip(STACKED, (("gate", "up"), ("down",)), strict=True))
 
+# Endings of modules that PEFT takes for routed experts' on transformers' own classes.
+REWRITTEN = (".gate_proj", ".up_proj", ".down_proj", ".gate")
+_MERGE = "merge it into its base: deepseek-moe convert BASE DST --to bf16 --adapter ADAPTER"
+
 Settings = dict[str, tuple[int, float]]  # rank and scaling of each adapted module or parameter
 
 
@@ -37,8 +42,12 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
     path = adapter.folder / ADAPTER_WEIGHTS
     if adapter.saved:
         raise CheckpointError(
-            f"{path}: {next(iter(adapter.saved))} is a whole tensor (modules_to_save), which servers do not take from "
-            "an adapter; merge it into its base: deepseek-moe convert BASE DST --to bf16 --adapter ADAPTER"
+            f"{path}: {next(iter(adapter.saved))} is a whole tensor (modules_to_save, adapted embedding or head), "
+            f"which servers do not take from an adapter; {_MERGE}"
+        )
+    if embedding := next((pair.a for pair in adapter.pairs.values() if pair.is_embedding), None):
+        raise CheckpointError(
+            f"{path}: {embedding} adapts the embedding, for which servers have no LoRA layer; {_MERGE}"
         )
     latent = {name for name in adapter.pairs if name.endswith(KV_B_PROJ)}
     if latent and kv_b_proj is None:
@@ -69,10 +78,17 @@ def plan_per_expert(adapter: LoraAdapter, kv_b_proj: str | None = None) -> Plan:
     return _plan(adapter, "peft-per-expert", steps, settings, use_rslora=False)
 
 
-def plan_stacked(adapter: LoraAdapter) -> Plan:
+def plan_stacked(adapter: LoraAdapter, to: str = "peft") -> Plan:
     """An adapter as PEFT writes it for stacked experts.
 
     Where gate and up projection have an A of their own, the stacked factors have both ranks together.
+
+    Args:
+        adapter: stacked or per expert.
+        to: "peft"; or "peft-native" for transformers' own classes of DeepSeek models. There PEFT 0.21 takes every
+            target module called `gate_proj`, `up_proj`, `down_proj` or `gate` for one of routed experts, and drops
+            LoRA on shared experts and dense layers. Named as bare parameters they are left alone, and their factors
+            are called the same.
 
     Raises:
         CheckpointError: the experts of a layer do not all have LoRA of one rank and scaling.
@@ -82,8 +98,9 @@ def plan_stacked(adapter: LoraAdapter) -> Plan:
     kept = {name: pair for name, pair in adapter.pairs.items() if name not in in_stacks}
     steps = [_copy(adapter, key) for pair in kept.values() for key in (pair.a, pair.b)]
     steps += [_copy(adapter, key) for key in adapter.saved.values()]
+    bare = {name for name in kept if to == "peft-native" and name.endswith(REWRITTEN)} | set(adapter.parameters)
     settings: Settings = {
-        name if pair.experts or name not in adapter.parameters else f"{name}.weight": (pair.rank, pair.scaling)
+        name if pair.experts or name not in bare else f"{name}.weight": (pair.rank, pair.scaling)
         for name, pair in kept.items()
     }
     with Reader(adapter) as reader:
@@ -98,7 +115,7 @@ def plan_stacked(adapter: LoraAdapter) -> Plan:
             rank = pairs[0][0].rank if is_shared else sum(part[0].rank for part in pairs)
             settings[name] = (rank, pairs[0][0].scaling)
             steps += _stacked_steps(adapter, module, pairs, rank, is_shared)
-    return _plan(adapter, "peft", steps, settings, bool(adapter.config_json.get("use_rslora")))
+    return _plan(adapter, to, steps, settings, bool(adapter.config_json.get("use_rslora")))
 
 
 def _stacked_steps(
@@ -181,7 +198,11 @@ def _plan(adapter: LoraAdapter, to: str, steps: list[Step], settings: Settings, 
         "target_modules": sorted(name for name in settings if not is_parameter[name]),
         "target_parameters": sorted(name for name in settings if is_parameter[name]) or None,
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        # Factors that are read from a file start no more, and PEFT's layer of stacked weights knows few starts.
+        "init_lora_weights": True,
     }
+    if config_json["target_parameters"]:
+        config_json["lora_dropout"] = 0.0  # PEFT refuses another beside bare parameters
     return Plan(
         adapter,
         to,

@@ -1,5 +1,6 @@
 """A checkpoint some of whose tensors are those of another folder."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,29 @@ class OverlaidCheckpoint(SourceCheckpoint):
 
     def is_whole(self, file: str) -> bool:
         names = self.base.names_of_file[file]
-        return all(self.file_of.get(name) == file for name in names)
+        return self.base.is_whole(file) and all(self.file_of.get(name) == file for name in names)
+
+
+@dataclass(frozen=True)
+class UntiedCheckpoint(SourceCheckpoint):
+    """A checkpoint with one weight for embedding and head, read as one that has it twice."""
+
+    def is_whole(self, file: str) -> bool:
+        return self.file_of["lm_head.weight"] != file
+
+
+def untied(base: SourceCheckpoint) -> SourceCheckpoint:
+    """`base`, whose embedding is its head too, with a head of its own of the same values."""
+    name = "model.embed_tokens.weight"
+    config = copy.deepcopy(base.config)
+    config.tie_word_embeddings = False
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | {
+        "config": config,
+        "config_json": base.config_json | {"tie_word_embeddings": False},
+        "file_of": base.file_of | {"lm_head.weight": base.file_of[name]},
+        "entries": base.entries | {"lm_head.weight": base.entries[name]},
+    }
+    return UntiedCheckpoint(**fields)
 
 
 def overlaid(base: SourceCheckpoint, other: TensorFolder, keys: dict[str, str]) -> SourceCheckpoint:
@@ -44,7 +67,7 @@ def overlaid(base: SourceCheckpoint, other: TensorFolder, keys: dict[str, str]) 
     """
     if not keys:
         return base
-    if type(base) is not SourceCheckpoint:
+    if type(base) not in (SourceCheckpoint, UntiedCheckpoint):
         raise CheckpointError(
             f"{base.folder} is not under the published names, so {other.folder} cannot replace tensors of it; convert "
             "it to bf16 first"

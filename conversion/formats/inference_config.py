@@ -101,7 +101,8 @@ def _program_problem(config: DeepseekMoeConfig) -> Problem | None:
         return "n_group", f"groups of n_routed_experts={config.n_routed_experts} have at least two experts there"
     rope = config.rope_parameters
     if rope["rope_type"] == "yarn":
-        unknown = sorted(name for name in rope.keys() - _YARN_KEYS if rope[name] is not None)
+        same = {"truncate": True, "attention_factor": 1}  # what the program does
+        unknown = sorted(name for name in rope.keys() - _YARN_KEYS if rope[name] != same.get(name))
         if unknown:
             return "rope_parameters", f"{unknown[0]} does not exist there"
         if not rope.get("mscale") or rope["mscale"] != rope.get("mscale_all_dim"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
-from modeling_deepseek_moe.rope_spelling import older_rope_spelling
+from modeling_deepseek_moe.rope_spelling import READ_ELSEWHERE, older_rope_spelling
 
 _SIZES = (
     "vocab_size",
@@ -108,7 +108,24 @@ def _common_problem(config: DeepseekMoeConfig) -> Problem | None:
         neither = not rope.get("mscale_all_dim") and rope.get("mscale") in (None, 1)
         if not (both or neither):  # FACTS T6
             return "rope_parameters", "implementations disagree on mscale without mscale_all_dim, or the reverse"
+        if other := next((name for name in READ_ELSEWHERE if rope.get(name, 1) != 1), None):
+            return "rope_parameters", f"implementations disagree on {other}"
     return None
+
+
+def rope_notes(config: DeepseekMoeConfig) -> tuple[str, ...]:
+    """What transformers reads of the rotary settings, and DeepSeek's own code does not."""
+    rope = config.rope_parameters
+    found = {
+        "attention_factor": rope.get("attention_factor"),
+        "truncate": False if not rope.get("truncate", True) else None,
+    }
+    return tuple(
+        f"rope_scaling has {name}={value}: transformers' classes read it, DeepSeek's own code does not; see that what "
+        "serves the model does"
+        for name, value in found.items()
+        if value is not None and rope["rope_type"] == "yarn"
+    )
 
 
 def _v1_problem(config: DeepseekMoeConfig) -> Problem | None:

@@ -21,7 +21,7 @@ from ..upcycle.split import UPCYCLE
 from .inference_config import INFERENCE
 from .inference_plan import cut, joined
 from .inference_source import JoinedCheckpoint, holds_ranks, open_ranks
-from .native import NATIVE_MODELS
+from .native import NATIVE_MODELS, rope_notes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -123,13 +123,14 @@ def plan_conversion(
     source = adapter.source
 
     def step_of(name: str) -> Step | None:
-        return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype))
+        return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype), plain_dtype)
 
     shards = shards_like_source(source, step_of)
     written = {spec.dtype for shard in shards for spec in shard.tensors()}
     config_json = _with_weights(row.config_json(source), source, torch.float8_e4m3fn in written, plain_dtype)
     others = tuple(name for name in source.other_files if row.keeps_code or not name.endswith(".py"))
-    plan = Plan(source, to, shards, config_json, others, without_logits=adapter.without_logits)
+    notes = rope_notes(source.config) if to in NATIVE_MODELS else ()
+    plan = Plan(source, to, shards, config_json, others, notes=notes, without_logits=adapter.without_logits)
     if to == INFERENCE:
         plan = cut(plan, mp or 1)
     return joined(plan) if isinstance(source, JoinedCheckpoint) else plan

@@ -81,9 +81,12 @@ def push_run(
         address = push(upload, to, replace=_outdated(force), sleep=sleep, **access)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: the same command goes on with what is in {work}") from None
-    way = ways_to_load(upload, kind, to, base, base_json)[0]
+    ways = ways_to_load(upload, kind, to, base, base_json)
+    way, elsewhere = ways[0], [other for other in ways if "--to peft-native" in other.note]
     shutil.rmtree(work)
     console.print(f"\n{address}\n\n{way.title}:\n\n{way.code}", markup=False, highlight=False, soft_wrap=True)
+    for other in elsewhere:
+        console.print(f"\n{other.title}: {other.note}", markup=False, highlight=False, soft_wrap=True)
     if kind == "adapter" and not base and results.base:
         console.print(f"\nOthers do not have {results.base}, which the adapter names: push it too, then give --base")
     return address

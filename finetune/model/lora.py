@@ -14,6 +14,7 @@ chosen layers. Layers behind `num_hidden_layers` (multi-token prediction) are ch
 """
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,11 +25,13 @@ from modeling_deepseek_moe.parts import MODULES, PARAMETERS, WORDS
 from ..recipe.checks import check_words
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    import torch
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"(?:.*\.)?(?P<name>layers\.(?P<layer>\d+)\.(?P<leaf>.+))")
-_NEEDS_LINEAR = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+_NEEDS_LINEAR = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "velora_config", "kasa_config")
+_NEEDS_LINEAR += ("monteclora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -55,15 +58,18 @@ def lora_config(
         targets: words of the table above.
         r, lora_alpha: rank and scale, as in PEFT.
         **peft_options: further fields of `peft.LoraConfig`. `layers_to_transform` also restricts stacked weights,
-            which PEFT alone would not.
+            which PEFT alone would not. `init_lora_weights` of stacked weights is one of those that
+            `modeling_deepseek_moe.expert_lora_start` has; where it changes the base weights, save the adapter by
+            `save_plain_lora` of that module.
 
     Raises:
         ValueError: an unknown word, one that matches nothing in this model, an option that stacked weights cannot
-            have, or a model of another class.
+            have, options that do not go together, or a model of another class.
     """
     from peft import LoraConfig
 
     from modeling_deepseek_moe.expert_lora import register_expert_lora
+    from modeling_deepseek_moe.expert_lora_start import changes_base, check_start
 
     if isinstance(targets, str):
         targets = [targets]
@@ -76,7 +82,8 @@ def lora_config(
             f"a model of type {model.config.model_type!r} cannot be adapted by words, because PEFT rewrites its "
             "targets: load it with DeepseekMoeForCausalLM.from_pretrained"
         )
-    found = _find(model, peft_options.pop("layers_to_transform", None))
+    replication = peft_options.get("layer_replication")
+    found = _find(model, peft_options.pop("layers_to_transform", None), replication)
     words = [word for word in WORDS if word in targets or "all" in targets]
     for word in words:
         if not found[word] and word in targets:
@@ -89,6 +96,18 @@ def lora_config(
                 f"{option}={peft_options[option]} does not work with {', '.join(stacked)}, which are not linear "
                 f"modules: leave {option} out, or leave these words out"
             )
+    start = peft_options.get("init_lora_weights")
+    if stacked:
+        check_start(start, ", ".join(stacked))
+    if changes_base(start):
+        for reason, is_so in (
+            ("its weights are quantised", getattr(model, "is_quantized", False)),
+            ("layer_replication shares them", replication),
+        ):
+            if is_so:
+                raise ValueError(
+                    f"init_lora_weights={start!r} changes the base weights, and {reason}: leave init_lora_weights out"
+                )
     task = next(task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending))
     config = LoraConfig(
         r=r,
@@ -100,26 +119,83 @@ def lora_config(
     return register_expert_lora(config, model) if "routed_experts" in stacked else config
 
 
-def _find(model: "PreTrainedModel", layers: int | Iterable[int] | None) -> dict[str, list[str]]:
-    """Names, from `layers.` on, of the modules and parameters that each word means."""
+def factors_taken_from_base(model: "PreTrainedModel | PeftModel") -> "dict[str, torch.Tensor] | None":
+    """Copies of the adapters of a model that was not trained yet, if their start changed the base weights.
+
+    `save_adapters` needs them.
+    """
+    from peft import PeftModel
+
+    from modeling_deepseek_moe.expert_lora_start import changes_base, initial_factors
+
+    is_changed = isinstance(model, PeftModel) and changes_base(model.peft_config["default"].init_lora_weights)
+    return initial_factors(model) if is_changed else None
+
+
+def save_adapters(
+    model: "PeftModel", folder: str | os.PathLike, initial_factors: "dict[str, torch.Tensor] | None"
+) -> None:
+    """Saves the adapters as plain LoRA on the base as it was, in PEFT's format.
+
+    Args:
+        model: as trained.
+        folder: where to.
+        initial_factors: what `factors_taken_from_base` gave before the training.
+    """
+    from modeling_deepseek_moe.expert_lora_start import save_plain_lora
+
+    config = model.peft_config["default"]
+    if initial_factors is not None:
+        save_plain_lora(model, folder, initial_factors)
+        return
+    if config.init_lora_weights == "orthogonal":  # trained factors start no more, and stock PEFT cannot on stacks
+        config.init_lora_weights = True
+    model.save_pretrained(folder)
+
+
+def _find(
+    model: "PreTrainedModel", layers: int | Iterable[int] | None, replication: list[tuple[int, int]] | None = None
+) -> dict[str, list[str]]:
+    """Names, from `layers.` on, of the modules and parameters that each word means once PEFT has replicated layers."""
     config = model.config
     depth = config.num_hidden_layers + (config.num_nextn_predict_layers if config.mtp_loss_weight else 0)
-    allowed = set(range(depth)) if layers is None else {layers} if isinstance(layers, int) else set(layers)
-    if outside := sorted(allowed - set(range(depth))):
-        raise ValueError(f"layers_to_transform names layer {outside[0]}: adapters can sit on layers 0 to {depth - 1}")
+    sources = list(range(depth)) if not replication else _replicated(config, replication)
+    allowed = range(len(sources)) if layers is None else {layers} if isinstance(layers, int) else set(layers)
+    if outside := sorted(set(allowed) - set(range(len(sources)))):
+        raise ValueError(
+            f"layers_to_transform names layer {outside[0]}: adapters can sit on layers 0 to {len(sources) - 1}"
+        )
     found: dict[str, list[str]] = {word: [] for word in WORDS}
     for patterns, names in (
-        (MODULES, (name for name, _ in model.named_modules())),
-        (PARAMETERS, (name for name, _ in model.named_parameters())),
+        (MODULES, [name for name, _ in model.named_modules()]),
+        (PARAMETERS, [name for name, _ in model.named_parameters()]),
     ):
-        for name in names:
-            part = _LAYER.fullmatch(name)
-            if part is None or int(part["layer"]) not in allowed:
-                continue
-            for word, pattern in patterns.items():
-                if pattern.fullmatch(part["leaf"]):
-                    found[word].append(part["name"])
+        leaves: dict[int, list[str]] = {}
+        for part in filter(None, map(_LAYER.fullmatch, names)):
+            leaves.setdefault(int(part["layer"]), []).append(part["leaf"])
+        for layer, source in enumerate(sources):
+            for leaf in leaves.get(source, []) if layer in allowed else []:
+                for word, pattern in patterns.items():
+                    if pattern.fullmatch(leaf):
+                        found[word].append(f"layers.{layer}.{leaf}")
     return found
+
+
+def _replicated(config: Any, replication: list[tuple[int, int]]) -> list[int]:
+    """Which layer each one will be after PEFT's `layer_replication`, which keeps those it names and no others."""
+    depth = config.num_hidden_layers
+    for pair in replication:
+        if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= depth:
+            raise ValueError(
+                f"layer_replication names {list(pair)}: it is a list of pairs [first, behind the last] of the model's "
+                f"{depth} layers"
+            )
+    if config.num_nextn_predict_layers and config.mtp_loss_weight:
+        raise ValueError(
+            f"layer_replication drops the layers of multi-token prediction, which mtp_loss_weight="
+            f"{config.mtp_loss_weight} trains: set it to 0"
+        )
+    return [layer for first, end in replication for layer in range(first, end)]
 
 
 def _pattern(names: Iterable[str]) -> str | None:

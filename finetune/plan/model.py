@@ -1,6 +1,7 @@
 """The model as a recipe trains it: on the meta device, without data, with the adapters that training would give it."""
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion.adapters.esft import read_expert_cfg
+from modeling_deepseek_moe.expert_lora_start import changes_base
 from modeling_deepseek_moe.parts import part_of
 from modeling_deepseek_moe.quantized.weights import BITS, is_quantized
 
@@ -49,6 +51,10 @@ def meta_model(config: DeepseekMoeConfig, recipe: Recipe) -> tuple[DeepseekMoeCo
 
     Layers of one kind are alike, so one of each kind is built, unless the recipe tells layers apart.
     """
+    if recipe.lora.get("layer_replication"):
+        raise RecipeError(
+            "`lora.layer_replication` makes another model, whose memory `plan` does not know: leave it out"
+        )
     config = copy.deepcopy(config)
     for key, value in recipe.losses.items():
         setattr(config, key, value)
@@ -67,7 +73,10 @@ def meta_model(config: DeepseekMoeConfig, recipe: Recipe) -> tuple[DeepseekMoeCo
     if recipe.esft:
         train_chosen(model, assumed_choice(built, recipe))
     else:
-        model = add_adapters(model, recipe)
+        # On the meta device there are no weights to start from; the sizes are the same.
+        started = changes_base(recipe.lora.get("init_lora_weights"))
+        lora = recipe.lora | ({"init_lora_weights": True} if started else {})
+        model = add_adapters(model, dataclasses.replace(recipe, lora=lora))
     return config, model, [*layer_of, *[needed] * further]
 
 

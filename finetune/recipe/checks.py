@@ -1,5 +1,6 @@
 """Which values a recipe's keys may have, and which keys go together; nothing is loaded for it."""
 
+import re
 from collections.abc import Iterable
 
 from modeling_deepseek_moe.parts import WORDS
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_words(recipe.lora.get("targets", []))
     except ValueError as error:
         raise RecipeError(f"`lora.targets`: {error}") from error
+    check_lora(recipe)
     check_quantization(recipe)
     if recipe.merge and not (recipe.lora or recipe.esft):
         raise RecipeError(
@@ -97,6 +99,37 @@ def check_quantization(recipe: Recipe) -> None:
         raise RecipeError(
             f"{name}, which multiplies expert by expert, but `experts_implementation` is "
             f"{recipe.experts_implementation!r}: leave it out"
+        )
+
+
+_STARTS = re.compile(r"gaussian|orthogonal|olora|pissa(?:_niter_[1-9]\d*)?|mica")
+_OTHER_STARTS = {
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs a pass over data before the first step, which no run makes"),
+    "loftq": "replaces the base's weights by quantised ones, which no run saves",
+}
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Raise a RecipeError for `lora` keys that no run can follow, or that contradict other keys."""
+    start = recipe.lora.get("init_lora_weights")
+    if isinstance(start, str):
+        if not _STARTS.fullmatch(start):
+            reason = _OTHER_STARTS.get(start, "PEFT does not know")
+            raise RecipeError(
+                f"`lora.init_lora_weights` is {start!r}, which {reason}: choose one of true, gaussian, orthogonal, "
+                "olora, pissa, pissa_niter_[number], mica"
+            )
+        from modeling_deepseek_moe.expert_lora_start import changes_base
+
+        if recipe.dpo and changes_base(start):
+            raise RecipeError(
+                f"`lora.init_lora_weights: {start}` changes the base weights, which are the reference of the `dpo` "
+                "keys: leave it out"
+            )
+    if recipe.merge and recipe.lora.get("layer_replication"):
+        raise RecipeError(
+            "`lora.layer_replication` shares weights between layers, so a layer's adapters cannot be merged into its "
+            "own weights: set merge: false"
         )
 
 

@@ -56,6 +56,7 @@ def _lora_hints() -> dict[str, Any]:
 
     ours = {"target_modules", "target_parameters", "task_type", "peft_type"}
     hints = typing.get_type_hints(LoraConfig)
+    hints["init_lora_weights"] = bool | str  # PEFT's choices have a placeholder among them; `check_lora` knows them
     return {"targets": list[str]} | {
         item.name: hints[item.name] for item in dataclasses.fields(LoraConfig) if item.init and item.name not in ours
     }

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from modeling_deepseek_moe.checkpoint_layout import is_redundant
+from modeling_deepseek_moe.experts import STACKED_PROJECTIONS, DeepseekMoeExperts
+
 from .._compat import TrainerSeams
 from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
+from ..model.lora import factors_taken_from_base
 from ..runs.folder import last_checkpoint
 
 BAD_BATCH = "bad_batch.json"
@@ -33,6 +38,7 @@ class RunTrainerMixin(TrainerSeams):
         self.step_times = StepTimes()
         super().__init__(*args, callbacks=[*(callbacks or []), self.step_times, _FiniteGradients(self)], **kwargs)
         self._batch: dict[str, Any] = {}
+        self.initial_factors = factors_taken_from_base(self.model)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; from a checkpoint that is already there, only restore it."""
@@ -53,6 +59,20 @@ class RunTrainerMixin(TrainerSeams):
 
     def state_to_save(self) -> dict[str, torch.Tensor] | None:
         return trained_state(self.model) if is_specialized(self.model) else None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Stops where a checkpoint is not the model's, with which training would go on as it was before; transformers
+        only warns, and where experts lie in several files also of tensors that it has loaded."""
+        missing, unexpected = unmatched_tensors(self.model, load_result.missing_keys, load_result.unexpected_keys)
+        if not missing and not unexpected:
+            return
+        problem = "lacks" if missing else "has, and the model has not,"
+        names = missing or unexpected
+        more = f" and {len(names) - 1} more tensors" if names[1:] else ""
+        raise UserError(
+            f"a checkpoint in {self.args.output_dir} {problem} {names[0]}{more}: remove the newest checkpoint, and "
+            "the same command goes on from the one before"
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs
@@ -82,6 +102,32 @@ class RunTrainerMixin(TrainerSeams):
 
 class FineTuner(RunTrainerMixin, Trainer):
     """The Trainer of every run but those that learn from preferences."""
+
+
+def unmatched_tensors(
+    model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """What a checkpoint lacks and what the model has no place for, by the names that checkpoints have.
+
+    Args:
+        model: the model that was loaded into.
+        missing, unexpected: names as a comparison of the model's own names with those of the files gives them.
+    """
+    stacks = {
+        f"{module_name}.{stacked}": [f"{module_name}.{part}" for part in experts.published_parts(stacked)]
+        for module_name, experts in model.named_modules()
+        if isinstance(experts, DeepseekMoeExperts)
+        for stacked in STACKED_PROJECTIONS
+    }
+    parts_of_files = set(unexpected).intersection(part for parts in stacks.values() for part in parts)
+    lost = []
+    for name in missing:
+        parts = stacks.get(name, [])
+        lost += [name] if parts_of_files.isdisjoint(parts) else [part for part in parts if part not in parts_of_files]
+    # Saved models name no weight twice, and those of ESFT only what is trained.
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    other = [name for name in unexpected if name not in parts_of_files and not is_redundant(name)]
+    return [name for name in lost if name not in left_out], other
 
 
 class StepTimes(TrainerCallback):

@@ -141,7 +141,7 @@ def convert(
         str,
         typer.Option(
             help="bf16, fp8, plain, deepseek, deepseek_v2, deepseek_v3, deepseek-inference, upcycle; of adapters "
-            "peft, peft-per-expert, esft."
+            "peft, peft-native, peft-per-expert, esft."
         ),
     ],
     dtype: Annotated[

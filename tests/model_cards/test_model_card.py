@@ -200,6 +200,30 @@ def test_serving_an_adapter_depends_on_what_it_adapts_and_on_its_base(card, adap
     assert expected in served
 
 
+@pytest.mark.parametrize("base_type", ["deepseek_v2", "deepseek_v3", "kimi_k2", "deepseek_moe"])
+@pytest.mark.parametrize(
+    "targets, is_lost",
+    [
+        (r"(?:.*\.)?layers\.(?:(?:0|1)\.(?:self_attn\.q_proj))", False),
+        (["model.layers.0.self_attn.o_proj"], False),
+        (r"(?:.*\.)?layers\.(?:(?:1)\.(?:mlp\.shared_experts\.up_proj))", True),
+        (["gate_proj", "q_proj"], True),
+    ],
+    ids=["attention", "attention by names", "shared experts", "names"],
+)
+def test_an_adapter_says_how_transformers_own_class_gets_all_of_it(card, base_type, targets, is_lost):
+    base_json = {**tiny_config("v3").to_dict(), "model_type": base_type}
+    text = str(
+        card("adapter", files={"adapter_config.json": ADAPTER | {"target_modules": targets}}, base_json=base_json)
+    )
+    title = "**Transformers' own class and PEFT, without this package.**"
+    assert (title in text) == (base_type in ("deepseek_v2", "deepseek_v3"))
+    part = text.partition(title)[2].partition("\n**")[0]
+    if part:
+        assert ("--to peft-native" in part) == is_lost == ('PeftModel.from_pretrained(model, "native")' in part)
+        assert ("It loads there as it is." in part) != is_lost
+
+
 def test_a_model_that_no_server_knows_says_why(card):
     config = tiny_config("v3", router_dtype="model").to_dict()
     assert "They know no type that can express this model: router_dtype=" in str(card(files={"config.json": config}))

@@ -29,6 +29,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN |= {"attention_factor": 1.3, "truncate": False}
 DENSE = {
     "llama": (LlamaConfig, {}),
     "llama, tied, biases, llama3 rope": (

@@ -52,8 +52,8 @@ REFUSED = {
         "rope_type='longrope' cannot be expressed, only default, linear",
     ),
     "a temperature of YaRN's own": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 2.0}},
-        "attention_factor=2.0 of the rope settings cannot be expressed with rope_type='yarn'",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 2.0}},
+        "mscale=2.0 of the rope settings cannot be expressed with rope_type='yarn'",
     ),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 cannot be expressed; only 1 can"),
     "a field of another type": ({"hidden_size": "32"}, "hidden_size"),

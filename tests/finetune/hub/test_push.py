@@ -14,6 +14,7 @@ from tiny import tiny_ids
 from tiny_run import HUB_TOKEN, tiny_base, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
+from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.hub.upload import RECORD
 from modeling_deepseek_moe.finetune.model.lora import lora_config
@@ -144,6 +145,21 @@ def test_a_repository_has_the_card_the_pictures_and_no_path_of_this_machine(run,
     # The run itself is as it was, and nothing is left beside it.
     assert json.loads((run / "adapter" / "adapter_config.json").read_bytes())["base_model_name_or_path"] != "me/base"
     assert not list(run.parent.glob("*.aside"))
+
+
+@pytest.mark.parametrize("words, is_said", [(["shared_experts"], True), (["attention"], False)], ids=["lost", "whole"])
+def test_what_transformers_own_class_would_lose_is_said_when_an_adapter_is_pushed(
+    words, is_said, push, api, tmp_path, capsys
+):
+    own = tiny_base(tmp_path / "own", num_nextn_predict_layers=0)
+    convert(own, tmp_path / "base", "deepseek_v3")
+    model = DeepseekMoeForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, lora_config(model, words)).save_pretrained(tmp_path / "run")
+    push(tmp_path / "run", "me/adapter", base="me/base")
+    said = capsys.readouterr().out
+    assert ("drops LoRA on shared experts and dense layers without a word" in said) == is_said
+    card = Path(api.hf_hub_download("me/adapter", "README.md", local_dir=tmp_path / "back")).read_text("utf-8")
+    assert "Transformers' own class and PEFT" in card and ("--to peft-native" in card) == is_said
 
 
 def test_a_card_that_somebody_wrote_is_pushed_as_it_is(run, push, api, tmp_path):

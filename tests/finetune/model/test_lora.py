@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_config, tiny_ids, tiny_model
 
 from modeling_deepseek_moe import DeepseekMoeForSequenceClassification, DeepseekMoeModel
@@ -205,6 +205,69 @@ def test_options_that_stacked_weights_cannot_have_are_refused(option):
     with pytest.raises(ValueError, match="does not work with routed_experts, router"):
         lora_config(model, ["all"], **option)
     assert lora_config(model, ["attention", "shared_experts"], **option).target_parameters == []
+
+
+REPLICATION = [(0, 2), (1, 3), (2, 3)]  # layers 0, 1, 1, 2, 2
+
+
+def adapted_names(model) -> set[str]:
+    return {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def test_replicated_layers_get_adapters_of_their_own_as_from_a_stock_config():
+    def base():
+        return tiny_model(tiny_config("v3", num_nextn_predict_layers=0))
+
+    modules, stacks = ["o_proj", "shared_experts.up_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    stock = get_peft_model(
+        base(), LoraConfig(target_modules=modules, target_parameters=stacks, layer_replication=REPLICATION)
+    )
+    model = adapted(base(), ["all"], layer_replication=REPLICATION)
+    expected = {name for name in adapted_names(model) if name.endswith((*modules, ".experts", ".experts.base_layer"))}
+    assert adapted_names(stock) == expected
+    sources = dict(enumerate([0, 1, 1, 2, 2]))
+    of_source = {}
+    for name in adapted_names(model):
+        layer, leaf = name.split(".layers.")[1].split(".", 1)
+        of_source.setdefault(int(layer), set()).add(leaf)
+    plain = {}
+    for name in adapted_names(adapted(base(), ["all"])):
+        layer, leaf = name.split(".layers.")[1].split(".", 1)
+        plain.setdefault(int(layer), set()).add(leaf)
+    assert of_source == {layer: plain[source] for layer, source in sources.items()}
+    ids = tiny_ids(model.config)
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.get_submodule("base_model.model.model.layers.4.mlp.experts").lora_B["default"].weight.zero_()
+        assert not torch.allclose(model(ids).logits, logits, atol=1e-3)
+
+
+def test_layers_to_transform_counts_replicated_layers_as_they_are_afterwards():
+    model = tiny_model(tiny_config("v3", num_nextn_predict_layers=0))
+    model = adapted(model, ["attention", "routed_experts"], layer_replication=REPLICATION, layers_to_transform=[0, 3])
+    assert {name.split(".layers.")[1].split(".")[0] for name in adapted_names(model)} == {"0", "3"}
+
+
+@pytest.mark.parametrize(
+    ("replication", "fields", "message"),
+    [
+        ([(0, 4)], {}, r"layer_replication names \[0, 4\]: .* pairs .* of the model's 3 layers"),
+        ([(2, 2)], {}, r"layer_replication names \[2, 2\]"),
+        ([(0, 1, 2)], {}, r"layer_replication names \[0, 1, 2\]"),
+        ([(0, 3)], {"mtp_loss_weight": 0.3}, "drops the layers of multi-token prediction, which mtp_loss_weight=0.3"),
+    ],
+    ids=["beyond the last", "empty", "no pair", "multi-token"],
+)
+def test_a_replication_that_cannot_be_is_refused(replication, fields, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(tiny_model(tiny_config("v3", **fields)), ["attention"], layer_replication=replication)
+
+
+def test_a_start_that_changes_shared_weights_is_refused():
+    with pytest.raises(ValueError, match="'olora' changes the base weights, and layer_replication shares them"):
+        lora_config(
+            tiny_model(tiny_config("v3")), ["attention"], layer_replication=[(0, 3)], init_lora_weights="olora"
+        )
 
 
 def test_classes_whose_targets_peft_rewrites_are_refused():

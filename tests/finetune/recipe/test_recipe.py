@@ -80,6 +80,17 @@ def test_a_shipped_recipe_needs_only_data_and_a_folder(name):
         ({"merge": "yes please"}, "it must be true or false"),
         ({"lora.targets": [1]}, "`lora.targets` is a list of words"),
         ({"lora.bias": "some", "lora.targets": "all"}, "it must be 'none' or 'all' or 'lora_only'"),
+        ({"lora.init_lora_weights": "eva", "lora.targets": "all"}, "is 'eva', which needs a pass over data before"),
+        ({"lora.init_lora_weights": "loftq", "lora.targets": "all"}, "quantised ones, which no run saves: choose one"),
+        ({"lora.init_lora_weights": "pisa", "lora.targets": "all"}, "is 'pisa', which PEFT does not know: choose one"),
+        (
+            {"lora.init_lora_weights": "pissa", "lora.targets": "all", "dpo.beta": 0.1},
+            "`lora.init_lora_weights: pissa` changes the base weights, which are the reference of the `dpo` keys",
+        ),
+        (
+            {"lora.layer_replication": [[0, 2], [1, 3]], "lora.targets": "all", "merge": True},
+            "`lora.layer_replication` shares weights between layers",
+        ),
         ({"dtype": "fp16"}, "`dtype` is 'fp16': choose one of auto, float32, bfloat16, float16"),
         ({"max_length": 1}, "needs at least 2 tokens"),
         ({"eval_fraction": 1}, "from 0 to below 1"),
