@@ -38,7 +38,7 @@ LEVELS = (
     ("conversion/upcycle_report",),
     ("conversion/one_conversion",),
     ("conversion/command", "conversion"),
-    ("finetune/errors", "finetune/files", "finetune/progress"),
+    ("finetune/_compat", "finetune/errors", "finetune/files", "finetune/progress"),
     ("finetune/recipe",),
     ("finetune/data", "finetune/model", "finetune/runs"),
     ("finetune/evaluate", "finetune/experts", "finetune/plan", "model_cards"),
