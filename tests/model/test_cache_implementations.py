@@ -120,8 +120,8 @@ def test_groups_that_do_not_divide_the_widths_are_refused_in_one_line():
     with pytest.raises(ValueError) as raised, torch.no_grad():
         model(tiny_ids(model.config), past_key_values=cache)
     assert str(raised.value) == (
-        "the quantised cache's q_group_size=64 does not divide kv_lora_rank=16 and qk_rope_head_dim=8: "
-        "pass cache_config={'q_group_size': 8}"
+        "the quantised cache's q_group_size=64 does not divide the widths 16 and 8 of what latent attention keeps "
+        "(kv_lora_rank=16): pass cache_config={'q_group_size': 8}"
     )
 
 

@@ -1,6 +1,7 @@
 """Weights in four bits under LoRA: values, products, gradients, memory, and whole runs."""
 
 import copy
+import json
 import sys
 
 import bitsandbytes
@@ -236,6 +237,8 @@ def test_a_run_says_what_it_lacks_for_four_bits(tmp_path, base, monkeypatch):
         with pytest.raises(UserError, match="need bitsandbytes, which is not installed: pip install"):
             train.run(recipe)
     of_fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    fp8 = tiny_base(tmp_path / "fp8", quantization_config=of_fp8)
+    fp8 = tiny_base(tmp_path / "fp8")
+    config = fp8 / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": of_fp8}))
     with pytest.raises(UserError, match=r"quantised already \(fp8\): .* --to bf16"):
         train.run(make_recipe(tiny_values(tmp_path, fp8, quantization="nf4")))
