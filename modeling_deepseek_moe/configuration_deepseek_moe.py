@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .lineage import canonical_config_dict, without_derived_head_dim
+from .lineage import NamesNoCodeMixin, canonical_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import join_rope_spellings, with_overrides
 
@@ -47,7 +47,7 @@ _MLA_POSITIVE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head
 
 
 @strict
-class DeepseekMoeConfig(PreTrainedConfig):
+class DeepseekMoeConfig(NamesNoCodeMixin, PreTrainedConfig):
     """Configuration of every model built on the DeepSeekMoE block.
 
     Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any generation (`deepseek`,
