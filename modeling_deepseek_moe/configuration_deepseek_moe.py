@@ -9,14 +9,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .config_checks import ConfigChecks
-from .families import canonical_config_dict, family_config_dict, without_derived_head_dim
+from .families import NamesNoCodeMixin, canonical_config_dict, family_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import OLDER_FIELDS, check_longrope, join_rope_spellings, with_overrides
 from .transformers_names import CACHE_NAMES
 
 
 @strict
-class DeepseekMoeConfig(ConfigChecks, PreTrainedConfig):
+class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
     """Configuration of every model built on the DeepSeekMoE block.
 
     Field names are DeepSeek's. `from_pretrained` reads the `config.json` of any family (`families.FAMILIES`:

@@ -150,6 +150,19 @@ def family_config_dict(config) -> dict | None:
     return written
 
 
+class NamesNoCodeMixin:
+    """`auto_map`, the code that comes with a checkpoint: an empty one is there, since TRL reads it, and not saved."""
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**{"auto_map": {}, **kwargs})
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        if not fields.get("auto_map"):
+            fields.pop("auto_map", None)
+        return fields
+
+
 def without_derived_head_dim(config_dict: dict) -> dict:
     """`config_dict` without a `head_dim` that only repeats `hidden_size / num_attention_heads`."""
     hidden, heads = config_dict.get("hidden_size"), config_dict.get("num_attention_heads")

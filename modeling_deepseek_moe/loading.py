@@ -237,10 +237,8 @@ def drop_local_code(config) -> None:
     """Forgets the code files beside the checkpoint that `config` was read from: they are not copied along."""
     auto_map = getattr(config, "auto_map", None) or {}
     of_repositories = {name: code for name, code in auto_map.items() if "--" in str(code)}
-    if of_repositories:
+    if auto_map:
         config.auto_map = of_repositories
-    elif auto_map:
-        del config.auto_map
 
 
 def check_biases(model, source) -> None:

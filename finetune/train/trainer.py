@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.experts import STACKED_PROJECTIONS, DeepseekMoeExperts
@@ -36,7 +36,7 @@ class RunTrainerMixin(TrainerSeams):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
         self.step_times = StepTimes()
-        super().__init__(*args, callbacks=[*(callbacks or []), self.step_times, _FiniteGradients(self)], **kwargs)
+        super().__init__(*args, callbacks=[*(callbacks or []), self.step_times], **kwargs)
         self._batch: dict[str, Any] = {}
         self.initial_factors = factors_taken_from_base(self.model)
 
@@ -81,6 +81,15 @@ class RunTrainerMixin(TrainerSeams):
         if not math.isfinite(loss.item()):
             self.stop_broken(f"the loss became {loss.item()}")
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16:  # the loss scale looks for itself, and lowers itself
+            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if not math.isfinite(value):
+                self.stop_broken(f"the norm of the gradients became {value}")
+        return norm
 
     def stop_broken(self, what: str) -> None:
         """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it."""
@@ -147,20 +156,3 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._begun)
-
-
-class _FiniteGradients(TrainerCallback):
-    """A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight."""
-
-    def __init__(self, trainer: RunTrainerMixin):
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        if args.fp16:  # the loss scale looks for itself, and lowers itself
-            return
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not torch.isfinite(norm):
-            self._trainer.stop_broken(f"the norm of the gradients became {norm.item()}")

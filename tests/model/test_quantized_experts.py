@@ -76,6 +76,31 @@ def test_outputs_and_gradients_are_those_of_the_reference_on_the_dequantised_wei
         assert_same(actual[name], gradient, tolerance=5e-5)
 
 
+def test_a_layers_products_wait_for_its_counts_once_and_for_nothing_else(monkeypatch):
+    """What would wait for a GPU's results: anything that brings a value to Python or copies between devices."""
+    ours, _ = adapted_twins(n_shared_experts=None)
+    experts = ours.get_base_model().model.layers[1].mlp.experts
+    x, weights = torch.randn(40, 32, requires_grad=True), torch.rand(40, 3)
+    index = torch.rand(40, 8).topk(3).indices
+    waits = []
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+
+        def call(tensor, *args, **kwargs):
+            waits.append(name)
+            return real(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    for name in ("item", "tolist", "numpy", "cpu", "cuda", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        counted(name)
+    output = experts(x, index, weights)
+    assert waits == ["tolist"]
+    output.sum().backward()
+    assert waits == ["tolist"] and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 64), (48, 32), (7, 14), (18, 36)], ids=str)
 def test_an_expert_has_the_values_that_bitsandbytes_gives_it(shape, dtype):

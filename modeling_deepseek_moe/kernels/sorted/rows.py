@@ -48,7 +48,7 @@ class SortedRows:
         if self.at_once:
             self._one_segment(ids, pairs, ends)
         else:
-            self._one_segment_an_expert(pairs, ends.tolist())
+            self._one_segment_an_expert(pairs, ends.tolist())  # on CUDA the only wait for the device
 
     def _one_segment(self, ids: torch.Tensor, pairs: torch.Tensor, ends: torch.Tensor) -> None:
         self.pairs, self.is_real = pairs, ids < self.num_experts
@@ -64,16 +64,18 @@ class SortedRows:
         if 2 * len(served) < self.num_experts:
             self.few = torch.tensor(served, dtype=torch.long, device=pairs.device)
         counts = [ends[expert] - starts[expert] for expert in served]
-        sizes = [filled(count, self.dtype) for count in counts]
-        # Rows that only fill up repeat the first one of their expert, with weight zero.
-        place = torch.cat([torch.arange(size) for size in sizes]) if sizes else pairs[:0]
-        first, count = (
-            torch.repeat_interleave(torch.tensor(values, dtype=torch.long), torch.tensor(sizes, dtype=torch.long))
-            for values in ([starts[expert] for expert in served], counts)
-        )
-        place, first, count = (tensor.to(pairs.device) for tensor in (place, first, count))
-        self.is_real = place < count
-        self.pairs = pairs.index_select(0, first + place.where(self.is_real, 0))
+        sizes = [filled(count, self.dtype) for count in counts] if pairs.device.type == "cpu" else counts
+        self.pairs = pairs[: ends[-1]]
+        self.is_real = torch.ones_like(self.pairs, dtype=torch.bool)
+        if sizes != counts:
+            # Rows that only fill up repeat the first one of their expert, with weight zero.
+            place = torch.cat([torch.arange(size) for size in sizes])
+            first, count = (
+                torch.repeat_interleave(torch.tensor(values), torch.tensor(sizes))
+                for values in ([starts[expert] for expert in served], counts)
+            )
+            self.is_real = place < count
+            self.pairs = pairs.index_select(0, first + place.where(self.is_real, 0))
         tokens = (self.pairs // self.shape[1]).split(sizes)
         stops = accumulate(sizes)
         self.segments = [
@@ -104,7 +106,7 @@ def grouped(device: torch.device) -> bool:
 
 
 def filled(count: int, dtype: torch.dtype) -> int:
-    """How many rows a product of `count` rows gets.
+    """How many rows a product of `count` rows gets on CPU.
 
     oneDNN, which multiplies the half-precision dtypes on CPU, prepares itself anew for every number of rows that it
     has not seen lately, for as long as many products take (1 to 13 ms each, oneDNN 3 on Xeon). Routing gives every
