@@ -1,9 +1,14 @@
 """Streaming converters between the formats DeepSeekMoE checkpoints come in; see README.md of this folder."""
 
-from .engine.target import ConversionError
-from .formats.table import FORMATS
-from .one_conversion import ConversionReport, convert
-from .request import ADAPTER_FORMATS
-from .upcycle.split import UpcycleOptions
+from modeling_deepseek_moe.lazy import hand_out
 
-__all__ = ["ADAPTER_FORMATS", "FORMATS", "ConversionError", "ConversionReport", "UpcycleOptions", "convert"]
+_HOMES = {
+    "ADAPTER_FORMATS": ".request",
+    "FORMATS": ".formats.table",
+    "ConversionError": ".engine.target",
+    "ConversionReport": ".one_conversion",
+    "UpcycleOptions": ".upcycle.split",
+    "convert": ".one_conversion",
+}
+__all__ = list(_HOMES)
+__getattr__, __dir__ = hand_out(__name__, _HOMES)

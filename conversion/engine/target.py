@@ -7,7 +7,6 @@ model.safetensors.index.json  config.json  written last, and taken away first if
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -66,8 +65,15 @@ def open_target(plan: Plan, target: Path, options: dict[str, Any]) -> Iterator[N
         options: what makes this conversion another one than a call with other options.
 
     Raises:
-        ConversionError: the folder holds something else, or belongs to a conversion that is running.
+        ConversionError: the folder holds something else, or belongs to a conversion that is running; or this system
+            cannot lock folders.
     """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise ConversionError(
+            "a conversion locks the folder that it writes, which this system cannot: run it on Linux or macOS"
+        ) from error
     record = {**options, "source": plan.source.fingerprint()}
     if target.resolve().is_relative_to(plan.source.folder):
         raise ConversionError(f"{target} lies in the source {plan.source.folder}; give a folder outside of it")

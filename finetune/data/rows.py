@@ -18,22 +18,19 @@ form that the template shows, and what it does not show of tools, calls and thou
 Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 
-import copy
 import dataclasses
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetGenerationError
 from transformers import (
-    DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -45,12 +42,12 @@ from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
-from .packing import PACKED, flatten, pack
+from .packing import pack
 from .preferences import encode_preference
 from .report import CUT_AWAY, TOO_LONG, RowError, RowReport, save_report
 from .sources import open_rows
 
-__all__ = ["IGNORED", "RunRows", "collator", "encode", "load_data", "recipe_rows"]
+__all__ = ["IGNORED", "RunRows", "encode", "load_data", "recipe_rows"]
 
 _ENCODERS = {"learn": encode_fitting, "prefer": encode_preference}
 _COLUMNS = {"learn": ("input_ids", "labels"), "prefer": ("prompt_ids", "chosen_ids", "rejected_ids")}
@@ -149,21 +146,6 @@ def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
         packed = len(train) if recipe.packing else None
         save_report(reports, folder, train_rows=rows, packed_into=packed, eval_rows=len(held_out) if held_out else 0)
     return RunRows(train, held_out)
-
-
-def collator(
-    tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None
-) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
-    """Pads `input_ids` on the right and `labels` with -100; EOS stands in for a missing padding token.
-
-    Packed rows are not padded but put into one row.
-    """
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    padded = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=pad_to_multiple_of, label_pad_token_id=IGNORED)
-    return lambda rows: flatten(rows) if PACKED in rows[0] else padded(rows)
 
 
 class KeepReport(TrainerCallback):

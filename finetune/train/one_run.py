@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from .._compat import checkpointing_argument
-from ..data.rows import collator, recipe_rows
+from ..data.batches import Collator
+from ..data.rows import recipe_rows
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
@@ -156,7 +157,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
                 args=arguments,
                 train_dataset=rows.train,
                 eval_dataset=rows.eval,
-                data_collator=collator(tokenizer),
+                data_collator=Collator(tokenizer),
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )

@@ -17,8 +17,10 @@ from modeling_deepseek_moe.errors import UserError
 from .esft import score, select
 from .use import TrustRemoteCode, chat, evaluate
 
+_HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings=_HELP,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune DeepSeekMoE models with the Hugging Face tools.",

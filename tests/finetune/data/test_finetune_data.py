@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from places import SUPPORT
 from tiny_run import TEMPLATE, tiny_tokenizer, write_jsonl
 
-from modeling_deepseek_moe.finetune.data.rows import IGNORED, collator, encode, load_data
+from modeling_deepseek_moe.finetune.data.batches import Collator
+from modeling_deepseek_moe.finetune.data.rows import IGNORED, encode, load_data
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.errors import UserError
 
@@ -163,7 +164,7 @@ def test_a_batch_is_padded_on_the_right_and_learns_no_padding(side):
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = side
     rows = [{"input_ids": [0, 10, 1], "labels": [IGNORED, 10, 1]}, {"input_ids": [0, 1], "labels": [IGNORED, 1]}]
-    batch = collator(tokenizer)(rows)
+    batch = Collator(tokenizer)(rows)
     assert torch.equal(batch["input_ids"], torch.tensor([[0, 10, 1], [0, 1, 2]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1], [1, 1, 0]]))
     assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 10, 1], [IGNORED, 1, IGNORED]]))
@@ -173,7 +174,7 @@ def test_a_batch_is_padded_on_the_right_and_learns_no_padding(side):
 def test_a_tokenizer_without_padding_pads_with_eos_and_still_learns_eos():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    batch = collator(tokenizer)([{"input_ids": [0, 5, 1], "labels": [0, 5, 1]}, {"input_ids": [1], "labels": [1]}])
+    batch = Collator(tokenizer)([{"input_ids": [0, 5, 1], "labels": [0, 5, 1]}, {"input_ids": [1], "labels": [1]}])
     assert batch["labels"].tolist() == [[0, 5, 1], [1, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 

@@ -8,9 +8,10 @@ from datasets import Dataset
 from tiny import tiny_config, tiny_model
 from tiny_run import stopped_at, tiny_base, tiny_tokenizer, tiny_values
 
+from modeling_deepseek_moe.finetune.data.batches import Collator
 from modeling_deepseek_moe.finetune.data.chat import IGNORED
 from modeling_deepseek_moe.finetune.data.packing import pack
-from modeling_deepseek_moe.finetune.data.rows import collator, recipe_rows
+from modeling_deepseek_moe.finetune.data.rows import recipe_rows
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -51,7 +52,7 @@ def test_a_packed_batch_has_loss_logits_and_gradients_of_its_rows_alone(lineage)
     """With the balance loss per sequence and, for v3, the multi-token loss."""
     losses = {"aux_loss_alpha": 0.1, "seq_aux": True, "mtp_loss_weight": 0.5 if lineage == "v3" else 0.0}
     model = tiny_model(tiny_config(lineage, pad_token_id=2, **losses)).train()
-    collate = collator(tiny_tokenizer())
+    collate = Collator(tiny_tokenizer())
     batch = collate(list(pack(rows_of(), 16)))
     assert batch["input_ids"].shape == (1, sum(LENGTHS)) and "attention_mask" not in batch
     targets = (batch["labels"] != IGNORED).sum()
@@ -87,7 +88,7 @@ def test_a_packed_batch_has_loss_logits_and_gradients_of_its_rows_alone(lineage)
 
 
 def test_rows_that_are_not_packed_are_still_padded():
-    batch = collator(tiny_tokenizer())(list(rows_of((2, 3))))
+    batch = Collator(tiny_tokenizer())(list(rows_of((2, 3))))
     assert batch["input_ids"].shape == (2, 3) and "position_ids" not in batch
 
 
