@@ -52,6 +52,7 @@ def finetune(model, data, out, *more):
     return call("finetune", "lora_attention", *(f"{key}={value}" for key, value in keys.items()), *more)
 
 
+@pytest.mark.usefixtures("metric_cache")
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_runs_the_code_only_if_told_to(model, data, tmp_path, verb):
     arguments = VERBS[verb](model, data, tmp_path / "out")
