@@ -152,10 +152,10 @@ def check_data_keys(recipe: Recipe) -> None:
     for key in ("packing", "streaming"):
         if getattr(recipe, key):
             raise RecipeError(f"`{key}` does not work with the `dpo` keys: set `{key}: false`")
-    if recipe.losses:
+    if recipe.losses.get("mtp_loss_weight"):
         raise RecipeError(
-            f"`losses.{next(iter(recipe.losses))}` has no effect with the `dpo` keys, whose loss is of preferences "
-            "alone: remove it"
+            "`losses.mtp_loss_weight` has no effect with the `dpo` keys, whose objective has no multi-token "
+            "prediction: remove it"
         )
     if recipe.quantization and recipe.dpo.get("precompute_ref_log_probs"):
         raise RecipeError("`dpo.precompute_ref_log_probs: true` does not work with `quantization`: remove it")

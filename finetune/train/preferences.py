@@ -2,8 +2,8 @@
 
 The loss is of the answers' log-probabilities, relative to those of the model before training. These are computed once,
 before the first step, and kept with the rows, so that no second model is in memory and no step runs it; only weights
-in four bits, of which TRL makes no hash, run in each step without their adapters, too. Balance and multi-token losses
-have no part in it.
+in four bits, of which TRL makes no hash, run in each step without their adapters, too. Balance losses are in the
+gradients, not in the loss that is logged; multi-token losses have no part in it.
 """
 
 from typing import Any

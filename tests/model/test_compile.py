@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers
 from tiny import tiny_config, tiny_ids, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
+from modeling_deepseek_moe.finetune.model.counting import LoadCounter
 from modeling_deepseek_moe.transformers_names import minor_release
 
 # Tracing takes seconds; V3 has all there is but plain attention and the batch-wise balance loss.
@@ -40,6 +43,13 @@ def training_step(lineage: str, **compile_options) -> tuple[torch.Tensor, dict[s
     outputs.loss.backward()
     losses = torch.stack([outputs.loss, outputs.aux_loss] + ([outputs.mtp_loss] if lineage == "v3" else []))
     return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def model_step(model):
+    """The compiled model, and what counts its graphs."""
+    counters.clear()
+    graphs = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, fullgraph=True, backend=graphs), graphs
 
 
 def check_training_step(lineage: str, backend: str, relative: float) -> None:
@@ -73,6 +83,30 @@ def test_a_training_step_is_one_graph_forward_and_backward(lineage):
 
 
 @traces_backward
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "activation checkpointing"]
+)
+def test_counting_experts_keeps_a_training_step_one_graph(checkpointing):
+    """Every pass adds its counts, those that reuse the graph too."""
+    model = tiny_model(tiny_config("v3", aux_loss_alpha=0.5, mtp_loss_weight=0.3)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    counter, batches = LoadCounter(model), [tiny_ids(model.config, seed=seed) for seed in range(2)]
+    eager = []
+    for ids in batches:
+        model(ids, labels=ids, use_cache=False)
+        eager.append(counter.take())
+    step, graphs = model_step(model)
+    for ids, expected in zip(batches, eager, strict=True):
+        step(ids, labels=ids, use_cache=False).loss.backward()
+        assert torch.equal(counter.take(), expected)
+    assert graphs.frame_count == 1 and not counters["graph_break"]
+    for ids in batches:
+        step(ids, labels=ids, use_cache=False)
+    assert torch.equal(counter.take(), sum(eager))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lineage", ["v1", "v3"])
 def test_inductor_compiles_a_training_step_with_the_gradients_of_eager_mode(lineage):

@@ -139,6 +139,21 @@ def test_the_whole_model_learns_against_what_it_was(tmp_path, base, capsys):
     assert json.loads((tmp_path / "before" / "run" / "data_report.json").read_text())["data"]["kept"] == 24
 
 
+def test_balance_losses_are_learned_from_and_logged(tmp_path, base):
+    histories = []
+    for alpha in (0.0, 0.5):
+        folder = tmp_path / str(alpha)
+        train.run(recipe_of(folder, base, **{"losses.aux_loss_alpha": alpha, "training.max_steps": 2}))
+        state = json.loads((folder / "run" / "trainer_state.json").read_text())
+        histories.append([row for row in state["log_history"] if "loss" in row])
+    (before, _), (first, second) = histories
+    assert all("aux_loss" not in row for row in histories[0])
+    # Perfect balance costs alpha in each of the two MoE layers; nothing is preferred at first.
+    assert 2 * 0.5 * 0.8 < first["aux_loss"] < 2 * 0.5 * 8
+    assert first["loss"] == pytest.approx(before["loss"]) == pytest.approx(0.6931, abs=1e-4)
+    assert first["grad_norm"] > 1.01 * before["grad_norm"] and second["aux_loss"] != first["aux_loss"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

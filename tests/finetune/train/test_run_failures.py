@@ -52,6 +52,18 @@ def test_a_number_that_is_none_stops_the_run_before_it_spoils_anything(go, tmp_p
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clipped", "not clipped"])
+def test_the_norm_of_the_gradients_is_computed_once_a_step(go, monkeypatch, clip):
+    computed = []
+    real = torch.nn.utils.clip_grad._get_total_norm
+    monkeypatch.setattr(
+        torch.nn.utils.clip_grad, "_get_total_norm", lambda *a, **k: computed.append(None) or real(*a, **k)
+    )
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *_: pytest.fail("once more"))
+    go(**{"training.max_grad_norm": clip, "training.max_steps": 3})
+    assert len(computed) == 3
+
+
 def test_a_broken_loss_before_the_first_checkpoint_says_so(go, monkeypatch):
     spoil(monkeypatch, 1, "loss")
     with pytest.raises(UserError, match="at step 1; .*no checkpoint was written yet"):

@@ -9,6 +9,7 @@ from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.errors import UserError
+from modeling_deepseek_moe.finetune.model.counting import LoadCounter
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -88,3 +89,12 @@ def test_a_run_of_a_dense_model_has_no_experts_to_watch(tmp_path):
 def test_a_balance_field_that_the_model_cannot_have_ends_in_one_line(tmp_path, base):
     with pytest.raises(UserError, match="n_routed_experts=8 is not divisible among balance_devices=3"):
         train.run(make_recipe(values(tmp_path / "run", base, **{"losses.balance_devices": 3})))
+
+
+def test_a_run_that_watches_no_experts_counts_none(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(LoadCounter, "attach", lambda *_: pytest.fail("counts"))
+    train.run(make_recipe(values(tmp_path / "run", base, watch=False)))
+    folder = tmp_path / "run" / "run"
+    assert not list(folder.rglob("experts.*"))
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert not any("load_entropy" in name for row in history for name in row)
