@@ -16,6 +16,7 @@ BORROWED = (
     # The Trainer's loop.
     Borrowed("transformers", "Trainer._save", "checkpoints hold what is trained", ("output_dir", "state_dict")),
     Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
+    Borrowed("transformers", "Trainer._issue_warnings_after_load", "what a checkpoint lacks", ("load_result",)),
     Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
     Borrowed("transformers.trainer_utils", "get_last_checkpoint", "where the demo's base goes on"),
     Borrowed("transformers.integrations", "get_reporting_integration_callbacks", "numbers of every layer go there"),
@@ -51,6 +52,18 @@ class TrainerSeams:
         self.accelerator.free_memory()
         self.model._is_accelerate_prepared = False
 
+    def check_loaded(self, missing: list[str], unexpected: list[str]) -> None:
+        """Called when a checkpoint was loaded.
+
+        Args:
+            missing: tensors that the model has and the checkpoint has not.
+            unexpected: the other way round. Of a checkpoint in several files both are a comparison of names, where
+                stacked experts are called otherwise than in files.
+        """
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
 
@@ -73,6 +86,11 @@ def checkpointing_argument() -> str:
 def ignore_on_save(model: nn.Module, names: Iterable[str]) -> None:
     """Which tensors of the model's state a checkpoint lacks without a warning where the Trainer goes on from it."""
     model._keys_to_ignore_on_save = set(names)
+
+
+def ignored_on_save(model: nn.Module) -> set[str]:
+    """What `ignore_on_save` was told."""
+    return set(model._keys_to_ignore_on_save or ())
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:

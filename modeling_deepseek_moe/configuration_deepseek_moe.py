@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .config_checks import ConfigChecks
 from .families import NamesNoCodeMixin, canonical_config_dict, family_config_dict, without_derived_head_dim
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
-from .rope_spelling import OLDER_FIELDS, check_longrope, join_rope_spellings, with_overrides
+from .rope_spelling import OLDER_FIELDS, check_fit, join_rope_spellings, with_overrides
 from .transformers_names import CACHE_NAMES
 
 
@@ -153,7 +153,7 @@ class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
         else:
             self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.head_dim = self.qk_rope_head_dim
-        check_longrope(self.rope_parameters, self.head_dim)
+        check_fit(self)
         kwargs.pop("qk_head_dim", None)
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)

@@ -8,26 +8,17 @@ logger = logging.get_logger(__name__)
 # Fields of a config beside `rope_parameters` that mean a part of it.
 OLDER_FIELDS = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor")
 _WINDOW = "original_max_position_embeddings"
+_BETA = "llama_4_scaling_beta"  # of the factor on queries, as Mistral 4 has it
 _OTHER_NAMES = {"deepseek_yarn": "yarn"}  # Sarvam's
 # What each rope type reads, besides `rope_theta`. A type that somebody else has registered may read anything.
 _KEYS = {
-    "default": ("partial_rotary_factor",),
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": (
-        "factor",
-        _WINDOW,
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "truncate",
-        "partial_rotary_factor",
-        "llama_4_scaling_beta",
-    ),
-    "longrope": ("factor", _WINDOW, "attention_factor", "short_factor", "long_factor"),
-    "llama3": ("factor", _WINDOW, "low_freq_factor", "high_freq_factor"),
-    "proportional": ("factor", "partial_rotary_factor"),
+    "yarn": ("factor", _WINDOW, _BETA, "attention_factor", "beta_fast", "beta_slow", "mscale", "truncate"),
+    "longrope": ("factor", _WINDOW, _BETA, "attention_factor", "short_factor", "long_factor"),
+    "llama3": ("factor", _WINDOW, _BETA, "low_freq_factor", "high_freq_factor"),
+    "proportional": ("factor",),
 }
 _REQUIRED = {
     **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
@@ -116,7 +107,7 @@ def _check(rope: dict) -> None:
         raise ValueError(f"the factor of rope type {rope_type!r} is {rope.get('factor')!r}; it must be at least 1")
     if not _is_number(rope.get(_WINDOW, 1), at_least=1):
         raise ValueError(f"{_WINDOW}={rope[_WINDOW]!r} of the rope settings must be at least 1")
-    for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow"):
+    for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", _BETA):
         if not _is_number(rope.get(name, 0), at_least=0):
             raise ValueError(f"{name}={rope[name]!r} of the rope settings must be a number of at least 0")
     for name in ("attention_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"):
@@ -138,9 +129,10 @@ def _check(rope: dict) -> None:
 
 def _check_keys(rope: dict, rope_type: str) -> None:
     # Attention scales by `mscale_all_dim` whatever the type, as DeepSeek's own does.
-    known = {"rope_theta", "rope_type", *_KEYS[rope_type], *(() if rope_type == "default" else ("mscale_all_dim",))}
+    known = {"rope_theta", "rope_type", "partial_rotary_factor", "max_position_embeddings", *_KEYS[rope_type]}
+    known |= set() if rope_type == "default" else {"mscale_all_dim"}
     for name, value in rope.items():
-        if name in known or (name == "partial_rotary_factor" and value == 1):
+        if name in known:
             continue
         if rope_type == "yarn" and name in READ_ELSEWHERE:
             logger.warning_once(
@@ -148,23 +140,37 @@ def _check_keys(rope: dict, rope_type: str) -> None:
                 "use it: attention_factor says what cos and sin are multiplied by"
             )
             continue
-        reads = ", ".join(sorted(known - {"rope_theta", "rope_type"})) or "none"
+        reads = ", ".join(sorted(known - {"rope_theta", "rope_type", "max_position_embeddings"}))
         raise ValueError(
             f"{name}={value!r} of the rope settings is not read by rope type {rope_type!r} (it reads {reads}): leave "
             "it out, or name the type that it is for"
         )
 
 
-def check_longrope(rope: dict, rotary_width: int) -> None:
-    """Raise a ValueError if the two lists of LongRoPE are not one number for each pair of the rotary width."""
-    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+def check_fit(config) -> None:
+    """Raise a ValueError for rotary settings that do not fit the other fields of a `DeepseekMoeConfig`."""
+    rope, rotary_dim = config.rope_parameters, config.rotary_dim
+    partial, rope_type = rope.get("partial_rotary_factor", 1), rope["rope_type"]
+    # Mistral 4 repeats there what its latent heads' sizes say, and how many positions there are.
+    of_sizes = rope_type in ("default", "yarn") and round(partial * (config.qk_head_dim or 0)) == rotary_dim
+    if config.qk_head_dim and rope_type in _KEYS and rope_type != "proportional" and partial != 1 and not of_sizes:
+        raise ValueError(
+            f"partial_rotary_factor={partial} of the rope settings is not read in latent attention, where "
+            f"qk_rope_head_dim={rotary_dim} says what is rotated: leave it out"
+        )
+    if rope.get("max_position_embeddings", config.max_position_embeddings) != config.max_position_embeddings:
+        raise ValueError(
+            f"max_position_embeddings={rope['max_position_embeddings']} of the rope settings contradicts the config's "
+            f"max_position_embeddings={config.max_position_embeddings}; keep one of them"
+        )
+    for name in ("short_factor", "long_factor") if rope_type == "longrope" else ():
         values = rope[name]
         if not isinstance(values, list) or not all(_is_number(value, at_least=0) and value for value in values):
             raise ValueError(f"{name} of the rope settings is not a list of numbers above 0")
-        if len(values) != rotary_width // 2:
+        if len(values) != rotary_dim // 2:
             raise ValueError(
-                f"{name} of the rope settings has {len(values)} numbers, and the rotary width {rotary_width} has "
-                f"{rotary_width // 2} pairs"
+                f"{name} of the rope settings has {len(values)} numbers, and the rotary width {rotary_dim} has "
+                f"{rotary_dim // 2} pairs"
             )
 
 

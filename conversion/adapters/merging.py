@@ -49,10 +49,10 @@ class Delta:
     """What is added to one weight.
 
     Attributes:
-        factors: of the adapter.
-        pair: where A and B are.
+        factors: the adapter's, read when they are needed.
+        pair: keys of A and B.
         rounds_product: whether PEFT rounds the product to the weight's type before it adds it.
-        expert: whose part of stacked factors it is.
+        expert: number of the expert whose part of stacked factors it is.
         rows: first and last but one row of B that belong to the weight; None for all.
     """
 
@@ -145,12 +145,12 @@ class AppliedAdapter:
             step_of: gives the step without.
             dtype: that all weights are to get; None if each keeps its own.
         """
-        if name in self.dtypes and isinstance((step := step_of(name)).recipe, Copy | Cast):
+        if name in self.dtypes and isinstance((step := step_of(name)).operation, Copy | Cast):
             wanted = dtype or self.dtypes[name]
-            recipe = Copy() if wanted == self.source.dtype(name) else Cast(wanted)
+            operation = Copy() if wanted == self.source.dtype(name) else Cast(wanted)
             if name in self.deltas:
-                recipe = Merge(recipe, self.deltas[name], Copy())
-            return Step(recipe, step.sources, (dataclasses.replace(step.outputs[0], dtype=wanted),))
+                operation = Merge(operation, self.deltas[name], Copy())
+            return Step(operation, step.sources, (dataclasses.replace(step.outputs[0], dtype=wanted),))
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight not in self.deltas or (name != weight and not self.source.is_fp8(weight)):
             return step_of(name)

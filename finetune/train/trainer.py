@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.experts import STACKED_PROJECTIONS, DeepseekMoeExperts
 
-from .._compat import TrainerSeams
+from .._compat import TrainerSeams, ignored_on_save
 from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
@@ -60,10 +60,10 @@ class RunTrainerMixin(TrainerSeams):
     def state_to_save(self) -> dict[str, torch.Tensor] | None:
         return trained_state(self.model) if is_specialized(self.model) else None
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
+    def check_loaded(self, missing: list[str], unexpected: list[str]) -> None:
         """Stops where a checkpoint is not the model's, with which training would go on as it was before; transformers
         only warns, and where experts lie in several files also of tensors that it has loaded."""
-        missing, unexpected = unmatched_tensors(self.model, load_result.missing_keys, load_result.unexpected_keys)
+        missing, unexpected = unmatched_tensors(self.model, missing, unexpected)
         if not missing and not unexpected:
             return
         problem = "lacks" if missing else "has, and the model has not,"
@@ -134,7 +134,7 @@ def unmatched_tensors(
         parts = stacks.get(name, [])
         lost += [name] if parts_of_files.isdisjoint(parts) else [part for part in parts if part not in parts_of_files]
     # Saved models name no weight twice, and those of ESFT only what is trained.
-    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    left_out = {*model.all_tied_weights_keys, *ignored_on_save(model)}
     other = [name for name in unexpected if name not in parts_of_files and not is_redundant(name)]
     return [name for name in lost if name not in left_out], other
 

@@ -145,8 +145,11 @@ REFUSED = {
     ),
     "attention_factor": ({"type": "linear", "factor": 2, "attention_factor": 1.3}, "attention_factor=1.3 .* 'linear'"),
     "truncate": ({**LLAMA3, "truncate": False}, "truncate=False .* not read by rope type 'llama3'"),
-    "factor": ({"type": "default", "factor": 4.0}, "factor=4.0 .* not read by rope type 'default' .it reads none"),
-    "a part of the width": ({**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 .* rope type 'yarn'"),
+    "factor": ({"type": "default", "factor": 4.0}, "factor=4.0 .* not read by rope type 'default' .it reads partial"),
+    "a part of the width": (
+        {**YARN, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 .* not read in latent attention",
+    ),
     "width of more than all": ({"type": "proportional", "partial_rotary_factor": 1.5}, "factor=1.5 .* more than 1"),
     "zero": ({**YARN, "attention_factor": 0}, "attention_factor=0 of the rope settings must be a number above 0"),
     "text": ({**YARN, "mscale": "1.0"}, "mscale='1.0' of the rope settings must be a number"),
@@ -163,6 +166,7 @@ REFUSED = {
         {"type": "longrope", "long_factor": [1.0] * 4},
         "rope type 'longrope' needs short_factor",
     ),
+    "other positions": ({**YARN, "max_position_embeddings": 4096}, "=4096 of the rope settings contradicts the conf"),
     "too few pairs": (
         {**LONGROPE, "long_factor": [1.0]},
         "long_factor .* 1 numbers, and the rotary width 8 has 4 pairs",
