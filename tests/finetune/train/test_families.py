@@ -12,7 +12,7 @@ from tiny_run import full, tiny_tokenizer, tiny_values
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.expert_lora import load_adapter
-from modeling_deepseek_moe.finetune.plan.fit import Plan
+from modeling_deepseek_moe.finetune.plan.fit import MemoryPlan
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run
 
@@ -108,7 +108,7 @@ def test_a_plan_holds_the_weights_of_the_model(base):
     config = DeepseekMoeConfig.from_pretrained(base)
     model = DeepseekMoeForCausalLM.from_pretrained(base)
     recipe = make_recipe({"model": "model", "data": "data", "output_dir": "out", "max_length": 32})
-    weights = Plan(config, recipe, "cpu").memory().weights
+    weights = MemoryPlan(config, recipe, "cpu").memory().weights
     assert sum(weights.values()) == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
