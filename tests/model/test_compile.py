@@ -107,6 +107,7 @@ def test_counting_experts_keeps_a_training_step_one_graph(checkpointing):
     assert torch.equal(counter.take(), sum(eager))
 
 
+@traces_backward
 @pytest.mark.slow
 @pytest.mark.parametrize("lineage", ["v1", "v3"])
 def test_inductor_compiles_a_training_step_with_the_gradients_of_eager_mode(lineage):
