@@ -98,11 +98,13 @@ class ConfigChecks:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or null for uncompressed queries")
 
     def _check_rotary_share(self) -> None:
-        share = self.rope_parameters.get("partial_rotary_factor", 1)
-        if self.kv_lora_rank is None or share == 1:
+        share, rope_type = self.rope_parameters.get("partial_rotary_factor", 1), self.rope_parameters["rope_type"]
+        # "proportional" leaves pairs of the rotary width unturned, whatever the attention.
+        if self.kv_lora_rank is None or share == 1 or rope_type == "proportional":
             return
         own = self.qk_rope_head_dim / (self.qk_nope_head_dim + self.qk_rope_head_dim)
-        if abs(share - own) > 1e-6:
+        # Frequencies of the other types are transformers', which takes the share of the rotary width once more.
+        if rope_type not in ("default", "yarn") or abs(share - own) > 1e-6:
             raise ValueError(
                 f"partial_rotary_factor={share} of the rope settings is not the share that latent attention rotates: "
                 f"qk_rope_head_dim={self.qk_rope_head_dim} of {self.qk_nope_head_dim + self.qk_rope_head_dim}"

@@ -150,20 +150,13 @@ def _check_keys(rope: dict, rope_type: str) -> None:
 def check_fit(config) -> None:
     """Raise a ValueError for rotary settings that do not fit the other fields of a `DeepseekMoeConfig`."""
     rope, rotary_dim = config.rope_parameters, config.rotary_dim
-    partial, rope_type = rope.get("partial_rotary_factor", 1), rope["rope_type"]
-    # Mistral 4 repeats there what its latent heads' sizes say, and how many positions there are.
-    of_sizes = rope_type in ("default", "yarn") and round(partial * (config.qk_head_dim or 0)) == rotary_dim
-    if config.qk_head_dim and rope_type in _KEYS and rope_type != "proportional" and partial != 1 and not of_sizes:
-        raise ValueError(
-            f"partial_rotary_factor={partial} of the rope settings is not read in latent attention, where "
-            f"qk_rope_head_dim={rotary_dim} says what is rotated: leave it out"
-        )
+    # Mistral 4 may repeat there how many positions there are.
     if rope.get("max_position_embeddings", config.max_position_embeddings) != config.max_position_embeddings:
         raise ValueError(
             f"max_position_embeddings={rope['max_position_embeddings']} of the rope settings contradicts the config's "
             f"max_position_embeddings={config.max_position_embeddings}; keep one of them"
         )
-    for name in ("short_factor", "long_factor") if rope_type == "longrope" else ():
+    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
         values = rope[name]
         if not isinstance(values, list) or not all(_is_number(value, at_least=0) and value for value in values):
             raise ValueError(f"{name} of the rope settings is not a list of numbers above 0")

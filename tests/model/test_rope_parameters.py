@@ -148,7 +148,11 @@ REFUSED = {
     "factor": ({"type": "default", "factor": 4.0}, "factor=4.0 .* not read by rope type 'default' .it reads partial"),
     "a part of the width": (
         {**YARN, "partial_rotary_factor": 0.5},
-        "partial_rotary_factor=0.5 .* not read in latent attention",
+        "partial_rotary_factor=0.5 .* not the share that latent attention rotates",
+    ),
+    "the width's own part where transformers would take it twice": (
+        {**LLAMA3, "partial_rotary_factor": 1 / 3},
+        "partial_rotary_factor=0.33.* not the share that latent attention rotates",
     ),
     "width of more than all": ({"type": "proportional", "partial_rotary_factor": 1.5}, "factor=1.5 .* more than 1"),
     "zero": ({**YARN, "attention_factor": 0}, "attention_factor=0 of the rope settings must be a number above 0"),
