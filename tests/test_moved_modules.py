@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from places import ROOT
 
 from modeling_deepseek_moe.moved import LEFT, MOVED
 
@@ -63,6 +64,7 @@ except TypeError as error:
 
 @pytest.mark.parametrize("name", LEFT)
 def test_a_script_that_left_the_package_says_where_it_is(name):
+    assert (ROOT / LEFT[name].removeprefix("python ")).is_file()
     with pytest.raises(ImportError, match=r"no longer in the package: run `python model_cards/demo_base/.*\.py`"):
         runpy.run_module(name, run_name="__main__")
 

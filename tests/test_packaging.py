@@ -20,6 +20,7 @@ FOLDERS = {
     "model_cards": "modeling_deepseek_moe/model_cards",
 }
 FOLDERS_WITH_DATA = ("finetune", "model_cards")
+CHECKOUT_ONLY = ROOT / "model_cards/demo_base/scripts"  # made the demo's base
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,15 @@ def test_every_module_and_data_file_of_a_top_level_folder_is_in_the_wheel(wheel,
     expected = {
         f"{FOLDERS[folder]}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*" if folder in FOLDERS_WITH_DATA else "*.py")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(CHECKOUT_ONLY)
     }
     assert expected, f"{folder}/ is empty"
     assert expected <= set(wheel.namelist())
+
+
+def test_scripts_that_made_the_demos_base_stay_in_the_checkout(wheel):
+    assert list(CHECKOUT_ONLY.glob("*.py")) and list(CHECKOUT_ONLY.glob("*.yaml"))
+    assert [name for name in wheel.namelist() if "/scripts/" in name] == []
 
 
 def test_the_wheel_has_one_import_root_and_the_license(wheel):

@@ -1,7 +1,7 @@
 """`deepseek-moe demo`: fine-tune, score, merge, publish and load back a tiny DeepSeekMoE model on this machine.
 
-The base in `model_cards/demo_base` really was pretrained (`demo_base.py`); the task, which it never saw, is in
-`demo_task.py`; the fine-tuning is `train.run` with `recipes/demo.yaml`, as for any other model.
+The base in `model_cards/demo_base` really was pretrained, by the scripts in its folder; the task, which it never saw,
+is in `task.py`; the fine-tuning is `train.run` with `recipes/demo.yaml`, as for any other model.
 """
 
 import contextlib

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 
-from .corpus import DEMO_TASK, as_prompt
-
+USER, ASSISTANT = "<|user|>", "<|assistant|>"
+DEMO_TASK = "spell_backward"
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 HELD_OUT_ITEMS = 256
 LONGEST_ANSWER = 16  # tokens
@@ -39,6 +39,11 @@ class Scores(NamedTuple):
     mean: float
     right: float
     answers: list[str]
+
+
+def as_prompt(question: str) -> str:
+    """The chat template of the demo's tokenizer for one user turn, written out."""
+    return f"{USER}{question}{ASSISTANT}"
 
 
 @functools.cache

@@ -29,8 +29,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.demo.corpus import documents
 from modeling_deepseek_moe.mtp_generation import MultiTokenCandidateGenerator
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "model_cards/demo_base/scripts"))
+
+from corpus import documents  # noqa: E402
 
 TASK_SHARES = {"text": 0.0, "answers": 1.0}
 COLUMNS = {

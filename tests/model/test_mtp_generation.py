@@ -9,15 +9,15 @@ import functools
 from importlib import resources
 from typing import NamedTuple
 
+import corpus as demo_corpus
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pretrain import BOS
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoTokenizer
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
-from modeling_deepseek_moe.finetune.demo import corpus as demo_corpus
-from modeling_deepseek_moe.finetune.demo.base import BOS
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.mtp_generation import MultiTokenCandidateGenerator
 

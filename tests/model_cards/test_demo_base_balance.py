@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from compare_balance import compare
+from pretrain import read_recipe
 
 from modeling_deepseek_moe import DeepseekMoeConfig
-from modeling_deepseek_moe.finetune.demo.balance import compare
-from modeling_deepseek_moe.finetune.demo.base import read_recipe
 
 
 def run_folder(path, balance: str, loss: float):

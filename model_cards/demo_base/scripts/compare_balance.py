@@ -1,9 +1,9 @@
 """Compare ways to keep experts evenly used, each having pretrained the demo's base on the same tokens:
 
-    python -m modeling_deepseek_moe.finetune.demo.base --output none --balance none
-    python -m modeling_deepseek_moe.finetune.demo.base --output loss --balance loss
-    python -m modeling_deepseek_moe.finetune.demo.base --output bias --balance bias
-    python -m modeling_deepseek_moe.finetune.demo.balance none loss bias --output DIR
+    python model_cards/demo_base/scripts/pretrain.py --output none --balance none
+    python model_cards/demo_base/scripts/pretrain.py --output loss --balance loss
+    python model_cards/demo_base/scripts/pretrain.py --output bias --balance bias
+    python model_cards/demo_base/scripts/compare_balance.py none loss bias --output DIR
 
 writes `balance.png`, `balance_experts.png` and `balance.json` and prints a table in Markdown.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain import read_recipe
 
-from modeling_deepseek_moe.finetune.demo.base import read_recipe
 from modeling_deepseek_moe.finetune.experts.plots import expert_map
 from modeling_deepseek_moe.finetune.files import replaced, write_text
 
@@ -30,7 +30,7 @@ def compare(runs: list[Path], folder: Path) -> str:
     """Draw the runs over each other and put them in a table.
 
     Args:
-        runs: folders that `demo_base` has written.
+        runs: folders that `pretrain.py` has written.
         folder: gets `balance.png` (losses and MaxVio over time), `balance_experts.png` (what each expert served in
             all of training) and `balance.json` (the numbers of the first).
 
@@ -101,9 +101,9 @@ def _draw(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> 
 
 
 def main() -> None:
-    """Command line of `python -m modeling_deepseek_moe.finetune.demo.balance`."""
+    """Command line of this script."""
     parser = argparse.ArgumentParser(description="Compare pretraining runs of the demo's base.")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that demo_base has written")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that pretrain.py has written")
     parser.add_argument("--output", type=Path, required=True, help="folder for the picture and its numbers")
     arguments = parser.parse_args()
     print(compare(arguments.runs, arguments.output))

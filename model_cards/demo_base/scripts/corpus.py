@@ -1,7 +1,7 @@
 """What the demo's base model reads: procedural tasks of `reasoning-gym` and the source of Python's own library.
 
 Nothing is downloaded and nothing is stored: every document is generated from a seed when it is needed. The demo's own
-task (`DEMO_TASK`) is never part of this corpus.
+task (`DEMO_TASK` in `finetune/demo/task.py`) is never part of this corpus.
 """
 
 import ast
@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import reasoning_gym
 
-USER, ASSISTANT = "<|user|>", "<|assistant|>"
-DEMO_TASK = "spell_backward"
+from modeling_deepseek_moe.finetune.demo.task import as_prompt
 
 # Questions are short (see `short_question`) and so are answers: a document is rarely longer than 150 tokens.
 PRETRAINING_TASKS: dict[str, dict[str, Any]] = {
@@ -66,11 +65,6 @@ class Document(NamedTuple):
 def short_question(question: str) -> str:
     """Drop the boilerplate that many tasks put in front of the question: keep the last paragraph."""
     return question.strip().split("\n\n")[-1].strip()
-
-
-def as_prompt(question: str) -> str:
-    """The chat template of the demo's tokenizer for one user turn, written out."""
-    return f"{USER}{question}{ASSISTANT}"
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 """Pretrain the demo's base model on two processes of one thread each (or in one process, slower):
 
-    torchrun --nproc-per-node 2 -m modeling_deepseek_moe.finetune.demo.base --output DIR
+    torchrun --nproc-per-node 2 model_cards/demo_base/scripts/pretrain.py --output DIR
 
 A DeepSeek-V3 in small: MLA with compressed queries, one dense layer, then routed and shared experts under sigmoid
 routing, whose selection bias moves once per optimizer step (DeepSeek-V3, section 2.1.2), and one multi-token
-prediction layer. `recipes/pretrain_demo.yaml` holds every number; the corpus is `demo_corpus`.
+prediction layer. `pretrain.yaml` holds every number; `corpus.py` is what it reads.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import functools
 import itertools
 import json
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from corpus import documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.data.rows import IGNORED
-from modeling_deepseek_moe.finetune.demo.corpus import ASSISTANT, USER, documents
+from modeling_deepseek_moe.finetune.demo.task import ASSISTANT, USER
 from modeling_deepseek_moe.finetune.experts.watch import watch_experts
 from modeling_deepseek_moe.finetune.files import write_text
 from modeling_deepseek_moe.finetune.model.balance import BalanceExperts
@@ -110,9 +110,8 @@ class PackedRows(Dataset):
 
 
 def read_recipe(balance: str | None = None) -> dict[str, Any]:
-    """The numbers of the run, `recipes/pretrain_demo.yaml`; `balance` names another of its ways to balance experts."""
-    path = resources.files("modeling_deepseek_moe.finetune") / "recipes" / "pretrain_demo.yaml"
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """The numbers of the run, `pretrain.yaml`; `balance` names another of its ways to balance experts."""
+    recipe = yaml.safe_load(Path(__file__).with_name("pretrain.yaml").read_text(encoding="utf-8"))
     return recipe | {"balance": balance or recipe["balance"]}
 
 
@@ -193,7 +192,7 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line of `python -m modeling_deepseek_moe.finetune.demo.base`."""
+    """Command line of this script."""
     parser = argparse.ArgumentParser(description="Pretrain the demo's base model from random weights.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its log and its checkpoints")
     parser.add_argument("--balance", choices=read_recipe()["balances"], help="how experts are kept evenly used")
