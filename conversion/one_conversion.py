@@ -128,7 +128,8 @@ def convert(
         plan, record = request.plan, request.record
     target = Path(target)
     rows: Rows | None = None if data is None else list(data)
-    check_rows(rows or (), plan.source)
+    if rows:  # only "upcycle" takes them; the source of another format may be an adapter, which has no vocabulary
+        check_rows(rows, plan.source)
     if dry_run:
         return ConversionReport(plan, target, seconds=time.monotonic() - start)
 
