@@ -1,5 +1,6 @@
 """What pip installs: the wheel's contents, its version, and an import that stays light."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import zipfile
 from email.parser import Parser
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -83,7 +85,7 @@ def test_importing_the_package_does_not_import_what_only_commands_need(tmp_path)
     assert imported.stdout.strip() == ""
 
 
-def test_the_readmes_tree_names_what_is_there_and_leaves_out_no_module():
+def paths_in_the_readmes_tree() -> set[str]:
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
     named, folders = set(), []
     for line in tree.strip().splitlines():
@@ -91,6 +93,46 @@ def test_the_readmes_tree_names_what_is_there_and_leaves_out_no_module():
         paths = ["".join(folders[:depth]) + name for name in re.split(r"\s{3,}", line.strip())[0].split()]
         named.update(paths)
         folders[depth:] = [paths[0].removeprefix("".join(folders[:depth]))]
+    return named
+
+
+def modules_of_the_folders() -> list[Path]:
+    return sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_the_readmes_tree_names_what_is_there_and_leaves_out_no_wing():
+    named = paths_in_the_readmes_tree()
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    modules = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    assert sorted(path for path in modules - named if not path.endswith("/__init__.py")) == []
+    wings = {f"{path.parent.as_posix()}/" for path in modules_of_the_folders() if path.name == "__init__.py"}
+    assert sorted(wings - named) == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
+
+
+def what_the_wing_says(folder: Path) -> str:
+    """The README and the docstring of the folder, or of the nearest above it that has one."""
+    docs = [
+        (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else "",
+        ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        if (folder / "__init__.py").is_file()
+        else "",
+    ]
+    return "\n".join(docs) if any(docs) else what_the_wing_says(folder.parent)
+
+
+@pytest.mark.parametrize("wing", sorted({path.parent for path in modules_of_the_folders()}), ids=str)
+def test_every_wing_says_its_files(wing):
+    text = what_the_wing_says(ROOT / wing)
+    modules = {path.name for path in (ROOT / wing).glob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in modules if not re.search(rf"(?<![\w]){re.escape(name)}", text)) == []
+    listed = re.findall(r"^ *(\S+(?:\.py|/))  ", text, re.M)
+    assert [name for name in listed if not (ROOT / wing / name).exists()] == []
+
+
+def test_files_with_links_of_the_readmes_are_there():
+    for readme in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / folder / "README.md" for folder in FOLDERS)):
+        if readme.is_file():
+            links = re.findall(r"\]\((?!https?:)([^)#]+)", readme.read_text(encoding="utf-8"))
+            assert [link for link in links if not (readme.parent / link).exists()] == [], readme

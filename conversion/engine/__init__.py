@@ -1,2 +1,9 @@
-"""The streaming core: a source is read tensor by tensor, converted as a plan says, and written so that a kill
-leaves nothing that looks finished."""
+"""The streaming core, which knows no format: what is read, what is made of it, what is written.
+
+source.py      a checkpoint to convert, and every check that needs no tensor's values
+plan.py        the files to write, and the step that makes each tensor
+operations.py  those steps: copy, cast, dequantize, quantize; each checks its own result
+slices.py      the same for tensors that lie in slices
+writing.py     the worker: reads ahead, converts, writes in place
+target.py      the folder that is written: a kill leaves nothing that looks finished
+"""

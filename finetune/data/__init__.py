@@ -1,1 +1,13 @@
-"""Rows to tokens: read, checked, rendered, packed, held out."""
+"""Rows to tokens: read, checked, rendered, packed, held out.
+
+rows.py         training rows as token ids and labels, cached or streamed; the held-out part
+sources.py      where rows come from: JSONL files, data sets of the Hub
+messages.py     what a row says, checked and in one form: messages, tool calls, tools
+templates.py    whether the chat template shows all of that
+chat.py         a row as pieces of text, learned or not, and their ids and labels
+preferences.py  a row of preferences as token ids
+plain_rows.py   the first tokens of a text, for a loss before any training
+packing.py      several rows in one sequence, none of which sees another
+batches.py      rows to the batches that a model trains on
+report.py       which rows were used, cut and left out, and why
+"""

@@ -1,1 +1,9 @@
-"""Whether a recipe fits, on the GPU and on the disk."""
+"""Whether a recipe fits, on the GPU and on the disk.
+
+report.py  `deepseek-moe plan`: what is printed
+fit.py     where a recipe fits, and what to change where it does not
+memory.py  the peak of a training step: weights, states, and a walk through forward and backward
+model.py   its weights: the model on the meta device, with the recipe's adapters
+layers.py  its activations, tensor by tensor
+disk.py    the files of a run
+"""

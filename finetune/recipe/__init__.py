@@ -1,1 +1,9 @@
-"""What a recipe may say, and the checks of what it says."""
+"""What a recipe may say, and the checks of what it says.
+
+schema.py    one frozen dataclass for all of a run's settings
+load.py      from YAML and `key=value`, and back
+checks.py    which values the keys may have, and which keys go together
+sections.py  keys of other libraries' classes, by their own names
+values.py    reading YAML, checking types
+metrics.py   the script of a named metric
+"""

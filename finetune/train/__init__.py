@@ -1,1 +1,9 @@
-"""One run, from a recipe to a saved model."""
+"""One run, from a recipe to a saved model.
+
+one_run.py      the run from top to bottom
+trainer.py      the Trainer: goes on from a checkpoint, stops at a loss that is no number
+preferences.py  TRL's DPOTrainer under a recipe
+metric.py       the recipe's metric, before and after
+save.py         the trained weights
+summary.py      the numbers of `summary.json`, and the closing table
+"""

@@ -1,6 +1,10 @@
 """Faster experts and attention, reached by name in transformers' registries and tested against the eager ones.
 
 The model's own files never import from here: exported to the Hub they come without this folder.
+
+    sorted/        in plain PyTorch; the default on CPU
+    triton/        in Triton; README.md has what they do and what bounds them
+    held_bytes.py  what the bodies of the experts keep for the backward pass and hold besides, in bytes
 """
 
 from typing import Any
