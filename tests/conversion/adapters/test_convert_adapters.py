@@ -118,6 +118,12 @@ def test_merged_weights_are_those_of_merge_and_unload_to_the_bit(dtype, base, tm
     merged, before = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "base")
     of_mtp = {name for name in merged if name.startswith("model.layers.3.")}
     expected = tensors_of(tmp_path / "stock")
+    # transformers keeps routers in float32 from 5.24 on: there they are merged before they are rounded, here after.
+    routers = {name for name in expected if name.endswith("mlp.gate.weight") and expected[name].dtype != dtype}
+    for name in routers:
+        torch.testing.assert_close(
+            merged.pop(name).float(), expected.pop(name), rtol=2 * torch.finfo(dtype).eps, atol=1e-3
+        )
     for name in expected:  # stock PEFT loads the routing bias in the model's type
         expected[name] = expected[name].to(merged[name].dtype)
     assert_bit_equal({name: merged[name] for name in merged.keys() - of_mtp}, expected)
