@@ -17,6 +17,7 @@ BORROWED = (
     Borrowed("transformers", "Trainer._save", "checkpoints hold what is trained", ("output_dir", "state_dict")),
     Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
     Borrowed("transformers", "Trainer._issue_warnings_after_load", "what a checkpoint lacks", ("load_result",)),
+    Borrowed("transformers", "Trainer._get_grad_norm", "looked at before the step", ("model", "grad_norm")),
     Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
     Borrowed("transformers.trainer_utils", "get_last_checkpoint", "where the demo's base goes on"),
     Borrowed("transformers.integrations", "get_reporting_integration_callbacks", "numbers of every layer go there"),
@@ -32,6 +33,11 @@ BORROWED = (
     Borrowed("lm_eval.models.huggingface", "HFLM.tok_encode", "BOS once", ("string", "add_special_tokens")),
     Borrowed("lm_eval.models.huggingface", "HFLM.tok_batch_encode", "BOS once", ("strings",)),
     Borrowed("lm_eval.models.huggingface", "HFLM.loglikelihood_rolling", "BOS once", ("requests", "disable_tqdm")),
+    Borrowed("transformers.utils.chat_template_utils", "render_jinja_template", "keeps a null content"),
+    Borrowed(
+        "transformers.models.auto.tokenization_auto", "get_tokenizer_config", "tells whether a tokenizer is code"
+    ),
+    Borrowed("transformers.convert_slow_tokenizer", "TikTokenConverter", "reads a tiktoken file's ranks"),
     Borrowed("transformers.dynamic_module_utils", "get_relative_import_files", "the code that a model is pushed with"),
 )
 
@@ -60,6 +66,14 @@ class TrainerSeams:
             unexpected: the other way round. Of a checkpoint in several files both are a comparison of names, where
                 stacked experts are called otherwise than in files.
         """
+
+    def check_gradients(self, norm: torch.Tensor | float | None) -> None:
+        """Called with the norm of the gradients that the Trainer has computed, before the optimizer's step."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.check_gradients(norm)
+        return norm
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)

@@ -82,14 +82,12 @@ class RunTrainerMixin(TrainerSeams):
             self.stop_broken(f"the loss became {loss.item()}")
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def check_gradients(self, norm: torch.Tensor | float | None) -> None:
         # A finite loss can have a gradient that is not, and one optimizer step with it would ruin every weight.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not self.args.fp16:  # the loss scale looks for itself, and lowers itself
             value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if not math.isfinite(value):
                 self.stop_broken(f"the norm of the gradients became {value}")
-        return norm
 
     def stop_broken(self, what: str) -> None:
         """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it."""
