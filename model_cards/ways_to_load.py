@@ -10,6 +10,7 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
+from modeling_deepseek_moe.distribution import how_to_install
 
 _UNKNOWN_BASE = "BASE"
 # Ranks that vLLM reserves room for.
@@ -59,16 +60,16 @@ def ways_to_load(
     if kind == "code":
         plain = [
             _model("Transformers alone, with the code in this repository", repo_id, "", ", trust_remote_code=True"),
-            _model("This package", repo_id, _REGISTER),
+            _model("This package", repo_id, _registering()),
         ]
     elif fields["model_type"] in _KNOWN_TO_TRANSFORMERS:
-        own = f"""from modeling_deepseek_moe import DeepseekMoeForCausalLM  # pip install deepseek-moe
+        own = f"""from modeling_deepseek_moe import DeepseekMoeForCausalLM  # {how_to_install()}
 
 model = DeepseekMoeForCausalLM.from_pretrained("{repo_id}", dtype="auto")"""
         note = "It decodes on the compressed cache, and can be trained further with balance losses."
         plain = [_model("Transformers", repo_id, ""), Way("This package", own, note=note)]
     else:
-        plain = [_model("Transformers with this package", repo_id, _REGISTER)]
+        plain = [_model("Transformers with this package", repo_id, _registering())]
     return [*(_with_trust(way, folder) for way in plain), _serving(fields, repo_id)]
 
 
@@ -81,7 +82,8 @@ def _with_trust(way: Way, folder: Path) -> Way:
     return dataclasses.replace(way, code=code)
 
 
-_REGISTER = "import modeling_deepseek_moe  # pip install deepseek-moe\n"
+def _registering() -> str:
+    return f"import modeling_deepseek_moe  # {how_to_install()}\n"
 
 
 def _model(title: str, repo_id: str, first: str, options: str = "") -> Way:
@@ -118,7 +120,7 @@ model = PeftModel.from_pretrained(model, "{"native" if is_lost else repo_id}")""
 def _lora(folder: Path, repo_id: str, base: str, to: str, refusal: str, is_native: bool) -> list[Way]:
     config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
     load = f"""from transformers import AutoTokenizer
-from modeling_deepseek_moe import DeepseekMoeForCausalLM  # pip install deepseek-moe
+from modeling_deepseek_moe import DeepseekMoeForCausalLM  # {how_to_install()}
 from {{module}}
 
 model = DeepseekMoeForCausalLM.from_pretrained("{base}", dtype="auto")
@@ -172,8 +174,8 @@ python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths tu
 
 def _esft(repo_id: str, base: str, to: str, refusal: str) -> list[Way]:
     note = "The adapter holds whole tensors of the experts that were trained; in the base, they make the tuned model."
-    load = """from transformers import AutoTokenizer
-from modeling_deepseek_moe import DeepseekMoeForCausalLM  # pip install deepseek-moe
+    load = f"""from transformers import AutoTokenizer
+from modeling_deepseek_moe import DeepseekMoeForCausalLM  # {how_to_install()}
 
 model = DeepseekMoeForCausalLM.from_pretrained("tuned", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("tuned")"""

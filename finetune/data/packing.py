@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from datasets import Dataset, IterableDataset
 
+from modeling_deepseek_moe.distribution import install
+
 from ..errors import RecipeError
 from .chat import IGNORED
 
@@ -25,7 +27,7 @@ def pack(data: _Rows, max_length: int) -> _Rows:
     try:
         from trl import pack_dataset
     except ImportError as error:
-        raise RecipeError("`packing` needs TRL: pip install 'deepseek-moe[finetune]'") from error
+        raise RecipeError(f"`packing` needs TRL: {install('trl')}") from error
     return pack_dataset(data, max_length, "bfd").map(_with_positions, batched=True, remove_columns=["seq_lengths"])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_deepseek_moe.distribution import install
+
 from ..errors import UserError, first_line, nearest
 
 
@@ -27,7 +29,7 @@ def load_tasks(names: Iterable[str]) -> tuple[Any, list[str]]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("--tasks needs the LM Evaluation Harness: pip install 'deepseek-moe[evaluate]'") from error
+        raise UserError(f"--tasks needs the LM Evaluation Harness: {install('lm_eval')}") from error
     _quiet()
     files = {name for name in names if Path(name).suffix in (".yaml", ".yml")}
     for name in sorted(files):

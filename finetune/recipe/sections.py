@@ -5,6 +5,8 @@ import typing
 from collections.abc import Collection
 from typing import Any
 
+from modeling_deepseek_moe.distribution import install
+
 from ..errors import RecipeError
 from .schema import EsftOptions
 
@@ -84,7 +86,7 @@ def _dpo_hints() -> dict[str, Any]:
     try:
         from trl import DPOConfig
     except ImportError as error:
-        raise RecipeError("the `dpo` keys need TRL: pip install 'deepseek-moe[finetune]'") from error
+        raise RecipeError(f"the `dpo` keys need TRL: {install('trl')}") from error
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(DPOConfig)

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from modeling_deepseek_moe.distribution import NAME
+
 from ..data.report import row_counts
 from ..experts.scores import trained_count
 from ..model.chosen_experts import is_specialized
@@ -48,7 +50,7 @@ def machine() -> dict[str, Any]:
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
         device, peak = f"CPU, {torch.get_num_threads()} threads", peak_memory()
-    libraries = ("deepseek-moe", "torch", "transformers", "peft")
+    libraries = (NAME, "torch", "transformers", "peft")
     return {"device": device, "peak_memory": peak, "versions": {name: version(name) for name in libraries}}
 
 

@@ -149,7 +149,7 @@ def load_bitsandbytes() -> ModuleType:
         import bitsandbytes
     except ImportError as error:
         raise ImportError(
-            "weights in four bits need bitsandbytes, which is not installed: pip install 'deepseek-moe[finetune]'"
+            "weights in four bits need bitsandbytes, which is not installed: pip install bitsandbytes"
         ) from error
     return bitsandbytes
 
