@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from modeling_deepseek_moe.errors import UserError
 
 UNFINISHED = ".aside"  # how the name of what is still being written ends
 
@@ -38,6 +40,23 @@ def remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_replaceable(files: Iterable[Path], is_ours: Callable[[], bool]) -> None:
+    """Makes sure that a command may write to files which may be there.
+
+    Args:
+        files: what it is going to write.
+        is_ours: whether an earlier call of the command wrote those that are there.
+
+    Raises:
+        UserError: one of them is something else.
+    """
+    there = [path for path in files if path.exists()]
+    if there and not is_ours():
+        raise UserError(
+            f"{there[0]} is there already and is no result of this command, so it is not replaced: name another output"
+        )
 
 
 def file_digest(path: Path) -> str:

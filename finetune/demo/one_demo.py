@@ -27,6 +27,7 @@ import modeling_deepseek_moe  # noqa: F401  (registers the Auto classes)
 from modeling_deepseek_moe.expert_lora import load_adapter
 
 from ..errors import UserError
+from ..files import check_replaceable, write_text
 from ..hub import upload as publish
 from ..hub.push import push_run
 from ..model.lora import known_warnings
@@ -68,11 +69,12 @@ def run_demo(output_dir: str | os.PathLike[str] | None = None, hub_id: str | Non
     folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="deepseek-moe-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     base = base_folder()
+    items, rows = demo_task.split_items(TRAIN_ITEMS), folder / "train.jsonl"
+    lines = "".join(json.dumps(demo_task.training_row(item)) + "\n" for item in items.train)
+    check_replaceable([rows, folder / "demo.json"], lambda: rows.is_file() and rows.read_text("utf-8") == lines)
     with open_hub(folder, hub_id) as (name, environment, access):
         publish.make_repo(name, private=bool(hub_id), **access)
-        items = demo_task.split_items(TRAIN_ITEMS)
-        rows = folder / "train.jsonl"
-        rows.write_text("".join(json.dumps(demo_task.training_row(i)) + "\n" for i in items.train), encoding="utf-8")
+        write_text(rows, lines)
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         scores = {"baseline": demo_task.constant_baseline(items)}

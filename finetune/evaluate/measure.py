@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_replaceable, write_text
 from ..model.tokenizer import load_tokenizer
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
@@ -94,7 +94,7 @@ def evaluate_model(
         before: a second model, to compare with.
         limit: the most rows of `data`, evenly spread, and the most documents of each task.
         batch_size: questions or windows in one batch.
-        output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call.
+        output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call and no others.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
 
@@ -263,6 +263,7 @@ def _folder(folder: Path) -> Iterator[Path]:
     """The output folder; one that was made for nothing goes away again."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output folder {folder} is a file: name another")
+    check_replaceable([folder / REPORT, folder / ANSWERS], lambda: _is_report(folder / REPORT))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,3 +276,12 @@ def _folder(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is what `evaluate_model` writes."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"model", "before", "after"} <= report.keys()

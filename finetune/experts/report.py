@@ -41,10 +41,11 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.balancing import load_entropy, max_violation, unused_share
+from modeling_deepseek_moe.distribution import install
 
 from ..data.rows import load_data
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_replaceable, write_text
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
 from ..recipe.load import make_recipe
@@ -75,7 +76,7 @@ def report_experts(
         model: local folder or Hub name.
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
         compare: a second one, to compare with the first.
-        output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call.
+        output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call and no others.
         adapter: folder or Hub name of a LoRA adapter to put on the model.
         split: which split of Hub data sets.
         rows: the most rows of each set, evenly spread over it; None for all.
@@ -95,7 +96,7 @@ def report_experts(
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}: it is a number of rows, at least 1")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"matplotlib, which draws {PICTURE}, is not installed: pip install 'deepseek-moe[finetune]'")
+        raise UserError(f"matplotlib, which draws {PICTURE}, is not installed: {install('matplotlib')}")
     sources = [os.fspath(source) for source in (data, compare) if source is not None]
     names = _names(sources)
     folder = Path(output_dir).expanduser()
@@ -148,6 +149,7 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
     """A scratch folder for `files`; if the block succeeds they replace those in `folder`, else that stays as it is."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output folder {folder} is a file: name another")
+    check_replaceable([folder / file for file in files], lambda: _is_report(folder / TABLE))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +168,15 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"stopped: {folder} is as it was before") from None
         raise
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is what `report_experts` writes; a run writes another of the same name."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"claim", "even_share", "layers"} <= report.keys()
 
 
 def _names(sources: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from modeling_deepseek_moe.conversion.adapters.esft import read_expert_cfg
+
 from ..data.packing import PACKED
 from ..data.rows import load_data
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_replaceable, write_text
 from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
@@ -46,7 +48,7 @@ def score_data(
     Args:
         model: local folder or Hub name.
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
-        output: the file of scores, which is replaced.
+        output: the file of scores; one that an earlier call wrote is replaced.
         split: which split of Hub data sets.
         sample_tokens: random rows are taken until they have so many tokens.
         max_length: longer rows are cut to this many tokens.
@@ -61,7 +63,7 @@ def score_data(
         UserError: an argument, the model or the data cannot be used; one line says why.
         KeyboardInterrupt: stopped from outside; `output` is as it was before.
     """
-    output = _writable(output)
+    output = _writable(output, read_scores)
     for name, value, least in (("sample_tokens", sample_tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise UserError(f"`{name}` is {value}: it has to be at least {least}")
@@ -95,7 +97,7 @@ def select_from(
 
     Args:
         scores: a file that `score_data` wrote, or a published one.
-        output: the `expert_cfg.json` to write, which is replaced.
+        output: the `expert_cfg.json` to write; one that an earlier call wrote is replaced.
         score: token or gate.
         top_p: what the scores of the chosen ones have to sum up to in a layer; None for the paper's, 0.2 for token
             and 0.1 for gate.
@@ -109,7 +111,7 @@ def select_from(
     """
     if score not in PAPERS_TOP_P:
         raise UserError(f"`score` is {score!r}: choose one of {', '.join(PAPERS_TOP_P)}")
-    found, output = read_scores(scores), _writable(output)
+    found, output = read_scores(scores), _writable(output, read_expert_cfg)
     top_p = PAPERS_TOP_P[score] if top_p is None else top_p
     choice = expert_cfg(found, score, top_p, shared_experts, non_expert_modules)
     write_text(output, json.dumps(choice) + "\n")
@@ -202,11 +204,26 @@ def _counts(scores: Scores, score: Literal["token", "gate"], top_p: float) -> di
         return {}
 
 
-def _writable(output: str | os.PathLike[str]) -> Path:
+def _writable(output: str | os.PathLike[str], read: Callable[[Path], Any]) -> Path:
+    """The path of a file that can be written: there is none, or one of its own kind, which `read` reads."""
     path = Path(output).expanduser()
     if path.is_dir():
         raise UserError(f"output {path} is a folder: name a file")
     if not os.access(path.parent, os.W_OK):
         reason = "cannot be written to" if path.parent.is_dir() else "is no folder"
         raise UserError(f"output {path}: {path.parent} {reason}")
+    check_replaceable([path], lambda: not _belongs_to_weights(path.parent) and _can(read, path))
     return path
+
+
+def _belongs_to_weights(folder: Path) -> bool:
+    """Whether a file in this folder is a part of a run, an adapter or a model."""
+    return (folder / "recipe.yaml").is_file() or any(folder.glob("*.safetensors"))
+
+
+def _can(read: Callable[[Path], Any], path: Path) -> bool:
+    try:
+        read(path)
+    except UserError:
+        return False
+    return True
