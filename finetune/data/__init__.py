@@ -8,6 +8,7 @@ chat.py         a row as pieces of text, learned or not, and their ids and label
 preferences.py  a row of preferences as token ids
 plain_rows.py   the first tokens of a text, for a loss before any training
 packing.py      several rows in one sequence, none of which sees another
+held_out.py     the rows to measure on: whole documents
 batches.py      rows to the batches that a model trains on
 report.py       which rows were used, cut and left out, and why
 """

@@ -42,6 +42,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
+from .held_out import DOCUMENT, hold_out
 from .packing import pack
 from .preferences import encode_preference
 from .report import CUT_AWAY, TOO_LONG, RowError, RowReport, save_report
@@ -68,6 +69,15 @@ class Reading:
     def features(self) -> datasets.Features:
         return datasets.Features({name: datasets.List(datasets.Value("int32")) for name in _COLUMNS[self.kind]})
 
+    @property
+    def splits(self) -> bool:
+        """Whether a row can become several, which are known by their `document`."""
+        return self.long_rows == "split"
+
+    @property
+    def kept_features(self) -> datasets.Features:
+        return datasets.Features({**self.features, **({DOCUMENT: datasets.Value("int64")} if self.splits else {})})
+
     def digest(self, mark: str) -> str:
         """What tells these rows from all others, as 64 hexadecimal digits."""
         tokenizer = self.tokenizer
@@ -78,7 +88,7 @@ class Reading:
             code = inspect.getsource(inspect.getmodule(type(tokenizer)))
             words = json.dumps([tokenizer.get_vocab(), code], sort_keys=True)
         rules = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.kind, self.max_length]
-        rules += [self.long_rows, self.bad_rows]
+        rules += [self.long_rows, self.bad_rows, *self.kept_features]
         return hashlib.sha256("\0".join([mark, words, json.dumps(rules)]).encode()).hexdigest()
 
 
@@ -114,7 +124,7 @@ def load_data(
     """
     data, report = _load(source, split, Reading(tokenizer, max_length, **rules), cache_dir)
     report.show()
-    return data
+    return hold_out(data, 0, 0, source)[0]
 
 
 def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RunRows:
@@ -125,6 +135,7 @@ def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
     reports, held_out = {}, None
     if recipe.eval_data:
         held_out, reports["eval_data"] = _load(recipe.eval_data, recipe.eval_split, reading, cache)
+        held_out, _ = hold_out(held_out, 0, recipe.seed, recipe.eval_data)
     if recipe.streaming:
         train, report = _stream(recipe.data, recipe.data_split, reading)
         keep = KeepReport({"data": report, **reports}, folder, eval_rows=len(held_out) if held_out else 0)
@@ -133,10 +144,9 @@ def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
         train = train.shuffle(seed=recipe.seed, buffer_size=_SHUFFLED)
         return RunRows(pack(train, recipe.max_length) if recipe.packing else train, held_out, [keep])
     train, report = _load(recipe.data, recipe.data_split, reading, cache)
-    share = 0 if recipe.eval_data else max(1, round(len(train) * recipe.eval_fraction)) if recipe.eval_fraction else 0
-    if share and len(train) > 1:
-        parts = train.train_test_split(test_size=share, seed=recipe.seed)
-        train, held_out = parts["train"], parts["test"]
+    share = 0 if recipe.eval_data else recipe.eval_fraction
+    train, part = hold_out(train, share, recipe.seed, recipe.data)
+    held_out = held_out or part
     rows = len(train)
     train = pack(train, recipe.max_length) if recipe.packing else train
     if PartialState().is_main_process:
@@ -179,7 +189,7 @@ def _load(
     try:
         data = datasets.Dataset.from_generator(
             _cached_rows,
-            features=reading.features,
+            features=reading.kept_features,
             cache_dir=os.fspath(cache_dir),
             gen_kwargs={"rows": rows(), "reading": reading, "report": report, "kept_report": kept_report},
             fingerprint=name,
@@ -192,7 +202,8 @@ def _load(
 def _cached_rows(
     rows: Iterable[tuple[str, Any]], reading: Reading, report: RowReport, kept_report: Path
 ) -> Iterator[dict[str, list[int]]]:
-    yield from _token_rows(rows, reading, report)
+    for row in _token_rows(rows, reading, report):
+        yield row | {DOCUMENT: report.read} if reading.splits else row
     # Before the data set counts as written: what finds that in the cache finds the report, too.
     write_text(kept_report, json.dumps(dataclasses.asdict(report)))
 
