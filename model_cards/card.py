@@ -6,6 +6,7 @@ Everything in it is read from the run's folder. What is not known is said to be 
 import dataclasses
 import inspect
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,18 @@ def recipe_yaml(recipe: dict[str, Any]) -> str:
     kept = {}
     for key, value in recipe.items():
         if key not in _LEFT_OUT and value not in (usual.get(key), None, {}):
-            kept[key] = shown(value) if key in _PATHS else value
+            kept[key] = shown(value) if key in _PATHS else _without_paths(value)
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+
+
+def _without_paths(value: Any) -> Any:
+    """A recipe's value with the names of files and folders instead of where they lie on this machine."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    is_path = isinstance(value, str) and (value.startswith(("/", "~")) or (os.sep in value and Path(value).exists()))
+    return Path(value).name if is_path else value
 
 
 def shown(source: str) -> str:

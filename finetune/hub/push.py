@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from ..runs.results import RunResults, read_results, run_identity
+from .parts import check_link
 from .staging import CARD, choose_kind, fetch_base, read_base_config, stage
 from .upload import RECORD, Contents, check_repo, make_repo, push, read_file
 
@@ -88,7 +89,7 @@ def push_run(
     for other in elsewhere:
         console.print(f"\n{other.title}: {other.note}", markup=False, highlight=False, soft_wrap=True)
     if kind == "adapter" and not base and results.base:
-        console.print(f"\nOthers do not have {results.base}, which the adapter names: push it too, then give --base")
+        console.print(f"\nOthers do not have {results.base}, which the adapter is for: push it too, then give --base")
     return address
 
 
@@ -107,6 +108,7 @@ def _staged(
         upload = stage(results, kind, work, base, lambda name: fetch_base(name, **access))
         for picture in PICTURES:
             if (results.folder / picture).is_file():
+                check_link(results.folder / picture)
                 shutil.copyfile(results.folder / picture, upload / picture)
         card = _own_card(results) or run_card(results, kind, upload, repo_id, base, licence, base_json)
     except UserError:
@@ -131,6 +133,7 @@ def open_repo(recipe: Recipe, folder: Path) -> None:
 def _own_card(results: RunResults) -> ModelCard | None:
     """The card that somebody wrote for these results, if there is one."""
     path = results.folder / CARD
+    check_link(path)
     if not path.is_file() or _EMPTY_CARD in path.read_text("utf-8"):
         return None
     card = ModelCard.load(path)

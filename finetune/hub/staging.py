@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -24,20 +25,20 @@ from modeling_deepseek_moe.checkpoint_files import read_entries
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG, open_esft
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from modeling_deepseek_moe.conversion.engine.source import RECORD_NAME, is_other_file, open_source
+from modeling_deepseek_moe.conversion.engine.source import CONFIG_NAME, RECORD_NAME, open_source
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.conversion.request import plan_request
 
 from ..errors import UserError, first_line
 from ..files import write_text
-from ..model.tokenizer import code_of
 from ..runs.results import RunResults
+from .parts import is_beside_weights, parts_of, without_local_code
 from .upload import HUB_FAILURES, read_file, without_secrets
 
 CARD = "README.md"
 _AUTO_CLASSES = {"AutoConfig": DeepseekMoeConfig, "AutoModelForCausalLM": DeepseekMoeForCausalLM}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
-_NOT_PUSHED = {CARD, RECORD_NAME, "training_args.bin", "optimizer.pt"}
+_NOT_PUSHED = {CARD, RECORD_NAME}  # written anew; of the conversion alone
 
 
 def choose_kind(
@@ -110,19 +111,18 @@ def stage(results: RunResults, kind: str, work: Path, base: str | None, fetch: C
     upload = work / "upload"
     shutil.rmtree(upload, ignore_errors=True)
     upload.mkdir(parents=True)
-    tokenizer_code = _tokenizer_code(weights)
-    for path in sorted(weights.iterdir()):
-        is_models_code = path.suffix == ".py" and path.name not in tokenizer_code
-        if _is_pushed(path) and not (kind == "code" and is_models_code):
-            _link(path, upload / path.name)
+    parts = parts_of(weights)
+    if weights in (results.adapter, results.model):
+        _say_what_stays(weights, parts)
     if kind != "adapter" and results.adapter and results.model is None:
         # The run's tokenizer may have another chat template than the base's.
-        for path in sorted(results.adapter.iterdir()):
-            if _is_pushed(path) and is_other_file(path.name) and path.name not in (ADAPTER_CONFIG, ESFT_CONFIG):
-                _link(path, upload / path.name)
-    if kind == "adapter" and base and (upload / ADAPTER_CONFIG).is_file():
-        fields = json.loads((upload / ADAPTER_CONFIG).read_bytes())
-        _write_json(upload / ADAPTER_CONFIG, fields | {"base_model_name_or_path": base})
+        parts |= {name: path for name, path in parts_of(results.adapter).items() if is_beside_weights(name)}
+    for name, path in parts.items():
+        _link(path, upload / name)
+    if (upload / ADAPTER_CONFIG).is_file():  # a folder on this machine is nobody's base elsewhere
+        _change_json(upload / ADAPTER_CONFIG, lambda fields: fields | {"base_model_name_or_path": base})
+    if (upload / CONFIG_NAME).is_file():
+        _change_json(upload / CONFIG_NAME, without_local_code)
     if kind == "code":
         add_code(upload)
     return upload
@@ -191,27 +191,27 @@ def _converted(results: RunResults, kind: str, target: Path, base: str | None, f
     return target
 
 
-def _tokenizer_code(folder: Path) -> set[str]:
-    """Names of the files with the code of a tokenizer that is code."""
-    config = folder / "tokenizer_config.json"
-    code = code_of(json.loads(config.read_bytes())) if config.is_file() else None
-    source = folder / f"{code.rpartition('.')[0]}.py" if code else None
-    if source is None or not source.is_file():
-        return set()
-    return {Path(path).name for path in (source, *get_relative_import_files(source))}
-
-
-def _is_pushed(path: Path) -> bool:
-    hidden = path.name.startswith(".") or path.name.endswith(".aside")
-    return path.is_file() and not hidden and path.name not in _NOT_PUSHED
+def _say_what_stays(folder: Path, parts: dict[str, Path]) -> None:
+    pushed = {name.partition("/")[0] for name in parts}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in pushed | _NOT_PUSHED)
+    if others:
+        line = f"not pushed, for they are no part of {folder.name}: {', '.join(others)}"
+        Console().print(Text(line), soft_wrap=True)
 
 
 def _link(path: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     target.unlink(missing_ok=True)
     try:
-        os.link(path.resolve(), target)
+        os.link(path, target)
     except OSError:  # another disk, or one that knows no links
         shutil.copyfile(path, target)
+
+
+def _change_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    fields = json.loads(path.read_bytes())
+    if (changed := change(fields)) != fields:
+        _write_json(path, changed)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
