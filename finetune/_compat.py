@@ -4,7 +4,8 @@ A release may move any of these without notice. `BORROWED` is checked name by na
 and under `finetune/` private names are used in this module alone. `modeling_deepseek_moe/_compat.py` is the other one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from modeling_deepseek_moe._compat import Borrowed
 BORROWED = (
     # The Trainer's loop.
     Borrowed("transformers", "Trainer._save", "checkpoints hold what is trained", ("output_dir", "state_dict")),
+    Borrowed("transformers", "Trainer._save_checkpoint", "older checkpoints go when the new one is whole"),
+    Borrowed("transformers.trainer", "._tr_loss", "losses since the last log, which go on after a stop"),
+    Borrowed("transformers.trainer", "._total_loss_scalar", "of these, what this call has not made"),
+    Borrowed("transformers.trainer", "._globalstep_last_logged", "since when"),
+    Borrowed("transformers", "Trainer._load_best_model", "the best checkpoint is as it was written"),
     Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
     Borrowed("transformers", "Trainer._issue_warnings_after_load", "what a checkpoint lacks", ("load_result",)),
     Borrowed("transformers", "Trainer._get_grad_norm", "looked at before the step", ("model", "grad_norm")),
     Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
     Borrowed("transformers.trainer_utils", "get_last_checkpoint", "where the demo's base goes on"),
+    Borrowed("transformers.trainer_utils", "rotate_checkpoints", "deletes the oldest ones", ("use_mtime",)),
     Borrowed("transformers.integrations", "get_reporting_integration_callbacks", "numbers of every layer go there"),
     Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
@@ -74,6 +81,41 @@ class TrainerSeams:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.check_gradients(norm)
         return norm
+
+    def write_checkpoint(self, write: Callable[[], None]) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            write: does it, and then deletes the oldest ones by `save_total_limit`.
+        """
+        write()
+
+    def check_best(self, checkpoint: Path) -> None:
+        """Called before the weights of the best checkpoint are taken."""
+
+    @property
+    def unlogged(self) -> tuple[torch.Tensor, int]:
+        """The sum of this process's losses since the last log, and the step of that log."""
+        return self._tr_loss, self._globalstep_last_logged
+
+    def go_on_logging(self, loss: float, since: int) -> None:
+        """Begins with what a run before has not logged.
+
+        Args:
+            loss: the sum of its losses since its last log.
+            since: the step of that.
+        """
+        self._tr_loss += loss
+        self._total_loss_scalar -= loss  # the mean at the end of training is of the steps of this call
+        self._globalstep_last_logged = since
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        save = super()._save_checkpoint
+        self.write_checkpoint(lambda: save(*args, **kwargs))
+
+    def _load_best_model(self) -> None:
+        self.check_best(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)

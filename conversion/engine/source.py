@@ -184,6 +184,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
 
 def check_links(folder: Path, names) -> None:
     """Refuses links out of the folder, except the ones that huggingface_hub's own cache is made of."""
+    folder = folder.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
     for name in names:
         target = (folder / name).resolve()

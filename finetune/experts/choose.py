@@ -12,8 +12,9 @@ from ..errors import RecipeError
 from ..files import write_text
 from ..model.chosen_experts import train_chosen
 from ..recipe.schema import EsftOptions, Recipe
+from ..runs.checkpoints import last_checkpoint
 from .score_data import print_choice, score_rows
-from .scores import CONFIG, SCORES, expert_cfg, read_choice
+from .scores import CONFIG, SCORES, expert_cfg, read_choice, read_scores
 
 
 def specialize(
@@ -38,21 +39,17 @@ def specialize(
     Raises:
         UserError: the experts cannot be chosen or are not of this model; one line says why.
     """
-    options, kept, is_main = EsftOptions(**recipe.esft), folder / CONFIG, arguments.process_index == 0
+    options, is_main = EsftOptions(**recipe.esft), arguments.process_index == 0
     top_p, choice = options.share, None
     if is_main:
-        choice = read_choice(kept, model.config, recipe.model) if kept.is_file() else None
-        if options.experts:
-            given = read_choice(options.experts, model.config, recipe.model)
+        if options.experts:  # whose file is as it was when the run began: `open_run` has seen to that
+            choice = read_choice(options.experts, model.config, recipe.model)
             for part in ("shared_experts", "non_expert_modules"):
-                given[part] |= getattr(options, part)
-            if choice not in (None, given):
-                raise RecipeError(
-                    f"`esft.experts` {options.experts} has changed since the run in {folder} began: choose another "
-                    "`output_dir`, or set `overwrite: true` to begin anew"
-                )
-            choice = given
-            write_text(kept, json.dumps(choice) + "\n")
+                choice[part] |= getattr(options, part)
+        else:
+            choice = _kept_choice(model, recipe, options, folder)
+        if choice:
+            write_text(folder / CONFIG, json.dumps(choice) + "\n")
     choice = broadcast_object_list([choice])[0]
     if choice is None:
         model.to(arguments.device)
@@ -62,5 +59,20 @@ def specialize(
         if is_main:
             print_choice(choice, scores[f"{options.score}_scores"], f"{options.score} scores sum up to {top_p}")
             write_text(folder / SCORES, json.dumps(scores) + "\n")
-            write_text(kept, json.dumps(choice) + "\n")
+            write_text(folder / CONFIG, json.dumps(choice) + "\n")
     train_chosen(model, choice)
+
+
+def _kept_choice(model: PreTrainedModel, recipe: Recipe, options: EsftOptions, folder: Path) -> dict[str, Any] | None:
+    """What a run chose by scores when it began; None if it begins now."""
+    config, scores = folder / CONFIG, folder / SCORES
+    choice = read_choice(config, model.config, recipe.model) if config.is_file() else None
+    chosen = None
+    if scores.is_file():
+        parts = options.shared_experts, options.non_expert_modules
+        chosen = expert_cfg(read_scores(scores), options.score, options.share, *parts)
+    if choice and chosen and choice != chosen:
+        raise RecipeError(f"{config} does not follow from {scores}, so one of them is damaged: put back what it was")
+    if not (choice or chosen) and (checkpoint := last_checkpoint(folder)):
+        raise RecipeError(f"{config} is missing, by which {checkpoint} was trained: put it back")
+    return choice or chosen

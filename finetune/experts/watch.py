@@ -103,6 +103,9 @@ class WatchExperts(TrainerCallback):
         if state.global_step and saved.is_file():
             table = json.loads(saved.read_text(encoding="utf-8"))
             self.rows, self._total = table["history"], torch.tensor(table["tokens"])
+            unlogged, device = table.get("unlogged", {"steps": [], "losses": {}}), model.device
+            self._steps += [torch.tensor(step, dtype=torch.float32).to(device) for step in _numbers(unlogged["steps"])]
+            self._losses |= {name: list(torch.tensor(v, device=device)) for name, v in unlogged["losses"].items()}
 
     def _keep_base_loss(self, base: nn.Module, args: tuple, output: Any) -> None:
         self._base_loss = None if output.aux_loss is None else output.aux_loss.detach()
@@ -155,8 +158,10 @@ class WatchExperts(TrainerCallback):
         self.counter.drop(training=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = {name: _mean_of_processes(torch.stack(values)).tolist() for name, values in self._losses.items()}
         if state.is_world_process_zero and (folder := _checkpoint(args, state)).is_dir():
-            self._write_table(folder)
+            # What the next log would have said of these steps.
+            self._write_table(folder, unlogged={"steps": _nulls(self._steps), "losses": losses})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._unhook()
@@ -211,8 +216,8 @@ class WatchExperts(TrainerCallback):
         self._losses.clear()
         return dict(zip(names, means.tolist(), strict=True))
 
-    def _write_table(self, folder: Path) -> None:
-        table = {"layers": self.layers, "tokens": self._total.tolist(), "history": self.rows}
+    def _write_table(self, folder: Path, **more: Any) -> None:
+        table = {"layers": self.layers, "tokens": self._total.tolist(), "history": self.rows, **more}
         write_text(folder / _TABLE, json.dumps(table, allow_nan=False) + "\n")
 
     def _print_table(self) -> None:
@@ -226,6 +231,23 @@ class WatchExperts(TrainerCallback):
                 spans = (f"{first[name][index]:.3f} to {last[name][index]:.3f}" for name in names)
                 table.add_row(str(layer), *spans)
         Console().print(table)
+
+
+def _mean_of_processes(values: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
+
+
+def _nulls(steps: list[torch.Tensor]) -> list[list[list[float | None]]]:
+    """Statistics of steps for JSON, which has no word for what is not a number."""
+    return [[[None if math.isnan(value) else value for value in row] for row in step.tolist()] for step in steps]
+
+
+def _numbers(steps: list[list[list[float | None]]]) -> list[list[list[float]]]:
+    """What `_nulls` was made of."""
+    return [[[math.nan if value is None else value for value in row] for row in step] for step in steps]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

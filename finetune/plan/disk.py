@@ -1,8 +1,11 @@
 """Whether a run's files will fit on the disk, asked before the first step."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -11,6 +14,9 @@ from ..model.load import trains_adapter
 from ..recipe.schema import Recipe
 from .memory import OPTIMIZERS, optimizer_bytes
 from .model import Parameter
+
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
+_TEXTS = (os.strerror(errno.ENOSPC), "Not enough disk space")  # the second one is of the library datasets
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
@@ -53,9 +59,25 @@ def check_room(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
         )
 
 
-def is_full(folder: Path, checkpoint: int) -> bool:
-    """Whether there is less room left than one checkpoint takes."""
-    return shutil.disk_usage(folder).free < checkpoint
+def is_full(error: BaseException, folder: Path, checkpoint: int = 0) -> bool:
+    """Whether an error came of a full disk.
+
+    torch passes on neither the number nor the text of the system's error.
+
+    Args:
+        error: what was raised.
+        folder: on that disk.
+        checkpoint: with less than these bytes of room, an error that does not say its reason had this one.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if number := getattr(cause, "errno", None):
+            return number in _FULL
+        if any(text in str(cause) for text in _TEXTS):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    of_a_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    return not of_a_device and shutil.disk_usage(folder).free < checkpoint
 
 
 def _bytes(model: nn.Module, trained: bool = False) -> int:

@@ -13,7 +13,7 @@ from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 
 from ..errors import UserError
 from ..files import file_digest
-from .folder import MAY_CHANGE
+from .folder import DATA_MARKS, MAY_CHANGE, read_kept
 
 _PARTS = ("adapter", "model")
 _OF_A_MACHINE = ("model", "data", "eval_data")
@@ -51,7 +51,8 @@ def run_identity(folder: Path) -> str:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
     kept = {key: value for key, value in recipe.items() if key not in MAY_CHANGE}
     kept |= {key: str(value).rpartition("/")[2] for key in _OF_A_MACHINE if (value := kept.get(key))}
-    return _digest([kept, _json(folder / "data.json")])
+    marks = {key: value for key, value in read_kept(folder / DATA_MARKS).items() if key not in MAY_CHANGE}
+    return _digest([kept, marks])
 
 
 def read_results(folder: Path) -> RunResults:

@@ -1,15 +1,18 @@
 """The recipe's own metric: answers to the held-out rows of a run, before its first step and after its last."""
 
-import json
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
+from rich.console import Console
+from rich.text import Text
 from transformers import Trainer
 
-from ..errors import RecipeError
+from ..errors import RecipeError, UserError
 from ..evaluate.answers import Question, generate_answers, question_of, text_of
 from ..evaluate.metrics import score_answers
-from ..files import write_text
 from ..recipe.schema import Recipe
+from ..runs.folder import read_kept, write_kept
 
 
 def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) -> dict[str, float] | None:
@@ -19,16 +22,30 @@ def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) 
         is_fresh: nothing was trained yet. A metric that a recipe gets later has no `before`.
     """
     asked = [recipe.metric, recipe.metric_rows]
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["asked"] == asked:
-            return kept["scores"]
-    if not is_fresh:
-        return None
+    kept = kept_before(path, is_fresh)
+    if kept is not None and (kept["asked"] == asked or not is_fresh):
+        return kept["scores"] if kept["asked"] == asked else None
     scores = measure_metric(trainer, recipe, "answers before")
-    if scores is not None and trainer.is_world_process_zero():
-        write_text(path, json.dumps({"asked": asked, "scores": scores}))
+    if trainer.is_world_process_zero():
+        write_kept(path, {"asked": asked, "scores": scores})
     return scores
+
+
+def kept_before(path: Path, is_fresh: bool) -> Any:
+    """What a file of `write_kept` says was measured before the first step; None if it has to be measured now.
+
+    That can be done at any time before a checkpoint is loaded.
+    """
+    if is_fresh and not path.exists():
+        return None
+    try:
+        return read_kept(path)
+    except UserError as problem:
+        if PartialState().is_main_process:
+            Console().print(
+                Text(f"{problem}; what was measured before the first step is measured again"), soft_wrap=True
+            )
+        return None
 
 
 def measure_metric(trainer: Trainer, recipe: Recipe, title: str = "answers after") -> dict[str, float] | None:

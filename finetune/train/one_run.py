@@ -1,16 +1,22 @@
 """One fine-tuning run, from a recipe to a saved model."""
 
-import errno
+import contextlib
 import importlib.util
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.exceptions import DatasetGenerationError
+from rich.console import Console
+from rich.text import Text
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from modeling_deepseek_moe.distribution import install
 
 from .._compat import checkpointing_argument
 from ..data.batches import Collator
@@ -19,16 +25,19 @@ from ..errors import RecipeError, UserError, first_line, raised_by
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
 from ..experts.watch import watch_experts
-from ..files import replaced, write_text
+from ..files import remove, replaced, write_text
 from ..hub.push import open_repo, push_run
 from ..model.balance import BalanceExperts, KeepRouterBiases
 from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
 from ..recipe.schema import Recipe
-from ..runs.folder import MarkCheckpoints, forget_run, last_checkpoint, open_run
-from .metric import measure_metric, metric_before
+from ..runs.checkpoints import MarkCheckpoints, last_checkpoint
+from ..runs.folder import ROWS, SUMMARY, OpenRun, SettleRun, is_replacing, open_run, write_kept
+from ..runs.seals import damage, is_sealed, seal
+from .metric import kept_before, measure_metric, metric_before
 from .save import save
+from .stop import StopAtSigterm, stopped_by_sigterm
 from .summary import print_summary, summarize
 from .trainer import FineTuner
 
@@ -40,6 +49,8 @@ _DEFAULTS = {
     "eval_strategy": "no",
     "logging_nan_inf_filter": False,
 }
+# Of a summary, what a run that only had to be saved again knows no better than before.
+_OF_TRAINING = ("resumed_from", "seconds", "seconds_per_step", "device", "peak_memory", "versions", "hub")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -51,27 +62,33 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: the recipe (then it is a RecipeError), the model or the data it names cannot be used; one line says
             why.
-        KeyboardInterrupt: stopped from outside; its message says what is saved and how to go on.
+        KeyboardInterrupt: stopped from outside, also by SIGTERM; its message says what is saved and how to go on.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib, which draws loss.png, is not installed: pip install 'deepseek-moe[finetune]'")
+        raise UserError(f"matplotlib, which draws loss.png, is not installed: {install('matplotlib')}")
     arguments = training_arguments(recipe)
-    with arguments.main_process_first(local=False):
-        folder, is_new = open_run(recipe)
-    try:
-        trainer = prepare(recipe, arguments, folder)
-    except BaseException:
-        if is_new and arguments.process_index == 0:
-            forget_run(folder)
-        raise
+    with stopped_by_sigterm() as stop, open_run(recipe) as opened, said_if_full(opened.folder):
+        if opened.is_finished:
+            return published(recipe, opened, arguments)
+        trainer = prepare(recipe, arguments, opened.folder, stop)
+        opened.keep()
+        try:
+            return train(trainer, recipe, opened)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped: {kept(opened.folder)}") from None
 
+
+def train(trainer: "FineTuner", recipe: Recipe, opened: OpenRun) -> dict[str, Any]:
+    """Measure, train, measure and save; returns the summary."""
+    folder, checkpoint = opened.folder, opened.checkpoint
     started = time.monotonic()
-    checkpoint = last_checkpoint(folder)
-    before = eval_loss_before(trainer, folder)
+    before = eval_loss_before(trainer, folder / "before.json", is_fresh=checkpoint is None)
     first_scores = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
     # Measuring drew random numbers, which a run that finds the measurement in the folder does not.
     set_seed(recipe.seed)
-    train_from(trainer, checkpoint, folder)
+    size = checkpoint_bytes(trainer)
+    with said_if_full(folder, size, lambda: trainer.control.should_save):
+        trainer.train_from(checkpoint)
     after = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
 
     last_scores = measure_metric(trainer, recipe)
@@ -86,50 +103,68 @@ def run(recipe: Recipe) -> dict[str, Any]:
         from .preferences import preference_metrics
 
         summary |= preference_metrics(trainer.state.log_history)
+    if opened.summary and not trainer.step_times.seconds:  # all steps were made before
+        summary |= {name: opened.summary[name] for name in _OF_TRAINING if name in opened.summary}
     if not trainer.is_world_process_zero():
         return summary
-    summary |= save(trainer, trainer.processing_class, recipe, folder)
+    with said_if_full(folder, size):
+        summary |= save(trainer, trainer.processing_class, recipe, folder)
     loss_curve(trainer.state.log_history, folder / "loss.png", before)
     with replaced(folder / "trainer_state.json") as path:
         trainer.state.save_to_json(os.fspath(path))
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    if recipe.hub_id:
-        summary["hub"] = push_run(folder, recipe.hub_id, private=recipe.hub_private)
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    publish(recipe, summary, folder)
     print_summary(summary, folder)
     return summary
 
 
-def train_from(trainer: "FineTuner", checkpoint: Path | None, folder: Path) -> None:
-    """Train to the end; whatever stops it, say what is saved."""
-    size = checkpoint_bytes(trainer)
+def published(recipe: Recipe, opened: OpenRun, arguments: TrainingArguments) -> dict[str, Any]:
+    """The summary of a run that is at its end, which is pushed if it is to be and has not been."""
+    summary, folder = opened.summary, opened.folder
+    if arguments.process_index == 0:
+        Console().print(Text(f"{folder} is finished: nothing is left to train"), soft_wrap=True)
+        if not str(summary.get("hub")).endswith(f"/{recipe.hub_id}"):
+            publish(recipe, summary, folder)
+        print_summary(summary, folder)
+    return summary
+
+
+def publish(recipe: Recipe, summary: dict[str, Any], folder: Path) -> None:
+    """Push the results, if the recipe says so; then the summary says where they are."""
+    if recipe.hub_id:
+        summary["hub"] = push_run(folder, recipe.hub_id, private=recipe.hub_private)
+        write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def said_if_full(folder: Path, checkpoint: int = 0, is_saving: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Errors because the disk is full as one line that says what is saved.
+
+    Args:
+        folder: of the run.
+        checkpoint: bytes of one; with less room than that, an error that does not say its reason had this one.
+        is_saving: whether something was being written, as an error of a step would not be of the disk.
+    """
     try:
-        trainer.train_from(checkpoint)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped: {_kept(folder)}; the same command goes on from there") from None
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_of_a_full_disk(error, trainer, folder, size):
+        yield
+    except (OSError, RuntimeError, SafetensorError, DatasetGenerationError) as error:
+        if not is_full(error, folder, checkpoint if is_saving() else 0):
             raise
-        raise UserError(
-            f"the disk of {folder} is full ({first_line(error)}): {_kept(folder)}; free about {size / 1e9:.2f} GB, "
-            "and the same command goes on from there"
-        ) from error
+        need = f"about {checkpoint / 1e9:.2f} GB" if checkpoint else "some room"
+        raise UserError(f"the disk of {folder} is full ({first_line(error)}): free {need}; {kept(folder)}") from error
 
 
-def _is_of_a_full_disk(error: Exception, trainer: "FineTuner", folder: Path, size: int) -> bool:
-    if number := getattr(error, "errno", None):
-        return number in (errno.ENOSPC, errno.EDQUOT)
-    # torch and safetensors do not pass on the number of the error. Nor does a device say that it failed in a save.
-    of_a_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-    return trainer.control.should_save and not of_a_device and is_full(folder, size)
-
-
-def _kept(folder: Path) -> str:
+def kept(folder: Path) -> str:
+    """What a run that stops now leaves, and what the same command does with it."""
+    if is_replacing(folder):
+        return "no step was made yet, and the run that was there before is kept"
     saved = last_checkpoint(folder)
-    return f"{saved} is saved" if saved else "no checkpoint was written yet"
+    if saved is None:
+        return "no checkpoint was written yet; the same command begins with the first step"
+    return f"{saved} is saved; the same command goes on from there"
 
 
-def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "FineTuner":
+def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: StopAtSigterm) -> "FineTuner":
     """Model, adapters and rows as the recipe says, ready to train."""
     if recipe.hub_id and arguments.process_index == 0:
         open_repo(recipe, folder)
@@ -138,6 +173,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
     if not recipe.dpo:  # TRL adds them itself, and takes the model without them for the reference
         model = add_adapters(model, recipe)
     with arguments.main_process_first():
+        if arguments.process_index == 0:
+            remove_damaged_rows(folder / ROWS)
         rows = recipe_rows(recipe, tokenizer, folder)
     if recipe.esft:
         specialize(model, recipe, rows.train, arguments, folder)
@@ -145,7 +182,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
     if recipe.bias_update_speed:
         keep = [KeepRouterBiases()] if recipe.lora else []  # else they are among the weights
         callbacks = [_balance(model, recipe), *keep]
-    callbacks += [*rows.callbacks, MarkCheckpoints()]
+    callbacks += [*rows.callbacks, SettleRun(), MarkCheckpoints(), stop]
     try:
         if recipe.dpo:
             from .preferences import preference_tuner  # only these runs need TRL
@@ -170,6 +207,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> "Fine
     if recipe.watch and model.config.has_experts:
         watch_experts(trainer, folder)
     check_room(trainer, recipe, folder)
+    if arguments.process_index == 0 and (folder / ROWS).is_dir():
+        seal(folder / ROWS)
     return trainer
 
 
@@ -178,6 +217,13 @@ def _balance(model: PreTrainedModel, recipe: Recipe) -> BalanceExperts:
         return BalanceExperts(model, recipe.bias_update_speed)
     except ValueError as error:
         raise RecipeError(f"`bias_update_speed`: {first_line(error)}") from error
+
+
+def remove_damaged_rows(rows: Path) -> None:
+    """Removes the tokenized rows of a run, which then are made again, if they are not as they were written."""
+    if is_sealed(rows) and (problem := damage(rows)):
+        Console().print(Text(f"{rows} is damaged: {problem}; the rows are tokenized again"), soft_wrap=True)
+        remove([rows])
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -200,14 +246,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"`training.*`: {first_line(error)}") from error
 
 
-def eval_loss_before(trainer: Trainer, folder: Path) -> float | None:
-    """Loss on the held-out rows before the first step; a resumed run finds it in the folder."""
+def eval_loss_before(trainer: Trainer, path: Path, is_fresh: bool) -> float | None:
+    """Loss on the held-out rows before the first step; a resumed run finds it in the file `path`."""
     if trainer.eval_dataset is None:
         return None
-    path = folder / "before.json"
-    if not path.is_file():
-        loss = trainer.evaluate()["eval_loss"]
-        if trainer.is_world_process_zero():
-            write_text(path, json.dumps({"eval_loss": loss}))
-        return loss
-    return json.loads(path.read_text(encoding="utf-8"))["eval_loss"]
+    if (known := kept_before(path, is_fresh)) is not None:
+        return known["eval_loss"]
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        write_kept(path, {"eval_loss": loss})
+    return loss

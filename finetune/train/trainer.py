@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
 from ..model.lora import factors_taken_from_base
-from ..runs.folder import last_checkpoint
+from ..runs.checkpoints import last_checkpoint
+from ..runs.seals import COMPLETE, damage
+from .unlogged import KeepUnlogged
 
 BAD_BATCH = "bad_batch.json"
 
@@ -36,7 +38,9 @@ class RunTrainerMixin(TrainerSeams):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
         self.step_times = StepTimes()
-        super().__init__(*args, callbacks=[*(callbacks or []), self.step_times], **kwargs)
+        # First what writes to checkpoints, for the last of the others seals them.
+        callbacks = [KeepUnlogged(self), *(callbacks or []), self.step_times]
+        super().__init__(*args, callbacks=callbacks, **kwargs)
         self._batch: dict[str, Any] = {}
         self.initial_factors = factors_taken_from_base(self.model)
 
@@ -51,9 +55,9 @@ class RunTrainerMixin(TrainerSeams):
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # What belongs to the weights, and what the end of training writes, is the callbacks'.
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self.load_weights(best or os.fspath(checkpoint))
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
@@ -73,6 +77,20 @@ class RunTrainerMixin(TrainerSeams):
             f"a checkpoint in {self.args.output_dir} {problem} {names[0]}{more}: remove the newest checkpoint, and "
             "the same command goes on from the one before"
         )
+
+    def write_checkpoint(self, write: Callable[[], None]) -> None:
+        if self.args.should_save:  # what is written over is no whole checkpoint any more
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).unlink(missing_ok=True)
+        # Older ones go when this one is whole, which `MarkCheckpoints` sees to.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            write()
+        finally:
+            self.args.save_total_limit = limit
+
+    def check_best(self, checkpoint: Path) -> None:
+        if self.args.should_save and (problem := damage(checkpoint)):
+            raise UserError(f"the best checkpoint {checkpoint} is damaged: {problem}; put back what it was")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+STOPPED = 130  # exit code of a child that ended as Ctrl-C ends it
+
 
 class KillServer:
     """The side of the test: starts `program`, which calls `serve`, and asks it for one child after the other."""
@@ -26,7 +28,10 @@ class KillServer:
         self._process.wait(60)
 
     def ask(self, request: dict[str, Any]) -> int:
-        """The signal that ended the child, 0 if it finished, 256 if it failed. `seconds`: a timer ends it then."""
+        """The signal that ended the child, 0 if it finished, 256 times its exit code if it failed.
+
+        `seconds`: a timer kills it then, or with `sigterm` sends it that signal.
+        """
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
@@ -40,11 +45,16 @@ def serve(work: Callable[[dict[str, Any]], None]) -> None:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            if request.get("sigterm"):
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             if request.get("seconds"):
                 signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # the signal's default is the end
             try:
                 os.dup2(2, 1)  # answers are the parent's
                 work(request)
+            except KeyboardInterrupt as stop:
+                print(stop, file=sys.stderr)
+                os._exit(STOPPED)
             except BaseException:
                 import traceback
 

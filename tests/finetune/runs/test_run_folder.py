@@ -1,7 +1,7 @@
 """A run that cannot begin leaves its folder as it was."""
 
 import pytest
-from tiny_run import tiny_base, tiny_values
+from tiny_run import stopped_at, tiny_base, tiny_values
 
 from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -36,7 +36,8 @@ def test_a_run_that_cannot_begin_leaves_no_folder(case, base, tmp_path):
 
 def test_a_later_failure_keeps_what_an_earlier_run_left(base, tmp_path):
     first = make_recipe(tiny_values(tmp_path, base))
-    train.run(first)
+    with stopped_at(3):
+        train.run(first)
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     broken(base, "a truncated model")
     with pytest.raises(UserError, match="is truncated or padded"):

@@ -228,7 +228,9 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(go, tmp_path, monkeypatch
 def test_another_choice_is_another_run(go, tmp_path):
     go(**given(tmp_path))
     changed = given(tmp_path, experts={"1": [2]})
-    with pytest.raises(RecipeError, match="has changed since the run in .* began: choose another `output_dir`"):
+    with pytest.raises(
+        RecipeError, match="holds another run .the file of `esft.experts` has changed since.: choose another"
+    ):
         go(**changed)
 
 

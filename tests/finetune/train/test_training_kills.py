@@ -1,14 +1,14 @@
 """A run that is killed at any moment, as often as you like, ends as if nothing had happened: bit for bit."""
 
 import itertools
-import json
 import random
 import shutil
+import signal
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from kills import STOPPED
+from left_by_runs import assert_same, what_it_left
 from tiny_run import tiny_values
 from training_kills import KilledTraining
 
@@ -31,8 +31,10 @@ KINDS = {
 }
 
 
-def kill_often(folder, base, kills: int, seed: int) -> None:
-    """Kill runs at random moments until `kills` were hit; every run that survives is compared."""
+def kill_often(folder, base, kills: int, seed: int, sigterm: bool = False) -> None:
+    """Kill runs at random moments until `kills` were hit, or by SIGTERM; every run that survives is compared."""
+    # By default SIGTERM ends a process that has not begun to listen.
+    endings = (signal.SIGTERM, 256 * STOPPED) if sigterm else (signal.SIGALRM,)
     moments = random.Random(seed)
     with KilledTraining() as program:
         recipes, expected, seconds = {}, {}, {}
@@ -53,40 +55,16 @@ def kill_often(folder, base, kills: int, seed: int) -> None:
             done = False
             while not done:
                 # Sometimes long enough to come through, or the end of a run would never be hit.
-                signal = program.run(recipes[kind], 1.2 * moments.random() * seconds[kind] if hit < kills else None)
-                assert signal in (0, 14), f"the run failed after {hit} kills"
-                hit += signal != 0
-                done = signal == 0
+                moment = 1.2 * moments.random() * seconds[kind] if hit < kills else None
+                ending = program.run(recipes[kind], moment, sigterm)
+                assert ending in (0, *endings), f"the run failed after {hit} kills"
+                hit += ending != 0
+                done = ending == 0
             finished += 1
             assert_same(what_it_left(run), expected[kind])
             if hit >= kills:
                 break
     assert hit >= kills and finished
-
-
-def what_it_left(run):
-    """Weights, and the numbers of the summary and the log that are no times."""
-    weights = {
-        f"{path.parent.name}/{path.name}/{name}": tensor
-        for path in sorted([*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")])
-        for name, tensor in load_file(path).items()
-    }
-    state = json.loads((run / "trainer_state.json").read_text())
-    summary = json.loads((run / "summary.json").read_text())
-    numbers = {key: summary[key] for key in ("steps", "train_loss", "eval_loss_before", "eval_loss_after")}
-    numbers |= {key: state[key] for key in ("best_metric", "best_global_step", "best_model_checkpoint", "epoch")}
-    log = [
-        {key: value for key, value in row.items() if "_per_second" not in key and "time" not in key}
-        for row in state["log_history"]
-        if "train_loss" not in row
-    ]
-    return weights, numbers, log, json.loads((run / "experts.json").read_text())
-
-
-def assert_same(one, other):
-    assert one[0].keys() == other[0].keys() and one[0]
-    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
-    assert one[1:] == other[1:]
 
 
 def test_five_kills_change_nothing(tmp_path, base):
@@ -96,3 +74,8 @@ def test_five_kills_change_nothing(tmp_path, base):
 @pytest.mark.slow
 def test_a_hundred_kills_change_nothing(tmp_path, base):
     kill_often(tmp_path, base, kills=100, seed=1)
+
+
+@pytest.mark.slow
+def test_thirty_times_sigterm_changes_nothing(tmp_path, base):
+    kill_often(tmp_path, base, kills=30, seed=2, sigterm=True)
