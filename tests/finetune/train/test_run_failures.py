@@ -148,7 +148,7 @@ def test_an_error_of_a_step_is_not_taken_for_a_full_disk(go, monkeypatch, error)
     assert caught.value is error
 
 
-@pytest.mark.parametrize("where", ["watch_experts", "collator", "check_room"])
+@pytest.mark.parametrize("where", ["watch_experts", "Collator", "check_room"])
 def test_a_value_error_of_our_own_code_is_not_taken_for_settings(go, monkeypatch, where):
     def fails(*args, **kwargs):
         raise ValueError("a bug")
