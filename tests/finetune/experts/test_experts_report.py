@@ -307,13 +307,14 @@ def test_ctrl_c_leaves_the_folder_as_it_was(tmp_path, base, one, monkeypatch, at
         raise KeyboardInterrupt
 
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "experts.json").write_text("earlier")
+    earlier = json.dumps({"claim": None, "even_share": 0.25, "layers": []})
+    (tmp_path / "old" / "experts.json").write_text(earlier)
     monkeypatch.setattr(experts_report, at, stop)
     for folder in (tmp_path / "old", tmp_path / "new"):
         result = call(base, one, "--output", folder)
         assert result.exit_code == 130
         assert result.stderr.endswith(f"\nstopped: {folder} is as it was before\n")
-    assert [(path.name, path.read_text()) for path in (tmp_path / "old").iterdir()] == [("experts.json", "earlier")]
+    assert [(path.name, path.read_text()) for path in (tmp_path / "old").iterdir()] == [("experts.json", earlier)]
     assert not (tmp_path / "new").exists()
 
 
