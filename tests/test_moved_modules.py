@@ -31,11 +31,12 @@ def test_an_old_import_gives_the_same_object_and_a_warning_that_names_its_place(
     with pytest.warns(DeprecationWarning, match=f"{name} moved: import it from {home}$") as caught:
         exec(statement, found)
     assert found[name] is getattr(importlib.import_module(home), name)
-    assert [warning.filename for warning in caught] == ["<string>"]  # the line that has to change
+    # Of the line that has to change; libraries that are imported for the first time warn of their own.
+    assert [warning.filename for warning in caught if " moved: " in str(warning.message)] == ["<string>"]
 
 
 @pytest.mark.parametrize("statement", UNCHANGED)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:.* moved:")
 def test_what_did_not_move_is_imported_without_a_warning(statement):
     exec(statement, {})
 
