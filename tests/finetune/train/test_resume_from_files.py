@@ -11,6 +11,7 @@ from tiny_run import stopped_at, tiny_values
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune.errors import UserError
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
+from modeling_deepseek_moe.finetune.runs.seals import COMPLETE, seal
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 KINDS = {
@@ -66,6 +67,8 @@ def test_a_checkpoint_that_lost_an_expert_is_refused_by_its_name(tmp_path, base)
     file = checkpoint / index["weight_map"].pop(lost)
     save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file)
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (checkpoint / COMPLETE).unlink()
+    seal(checkpoint)  # as if it had been written so: a file that changed later is found by its digest before
     with pytest.raises(UserError, match=rf"run lacks {lost}: remove the newest checkpoint") as caught:
         train.run(recipe(tmp_path / "a", base))
     assert "\n" not in str(caught.value)
