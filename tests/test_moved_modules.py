@@ -75,3 +75,9 @@ def test_no_old_name_hides_a_module_that_is_there():
         package, _, leaf = name.rpartition(".")
         paths = importlib.import_module(package).__path__
         assert importlib.machinery.PathFinder.find_spec(name, paths) is None, leaf
+
+
+def test_an_old_module_does_not_hide_the_function_of_its_name():
+    with pytest.warns(DeprecationWarning, match="watch_experts moved"):
+        exec("from modeling_deepseek_moe.finetune.watch_experts import watch_experts", {})
+    assert callable(importlib.import_module("modeling_deepseek_moe.finetune").watch_experts)
