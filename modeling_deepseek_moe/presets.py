@@ -115,17 +115,6 @@ PRESETS = {
 
 # The siblings' sizes are the defaults of transformers' own configuration classes (5.24), which are those of the
 # released models; those of GLM-4.5, GLM-4.5-Air being the default there, are as Megatron's recipes for it state them.
-_MISTRAL4_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 128.0,
-    "original_max_position_embeddings": 8192,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale_all_dim": 1.0,
-    "mscale": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 PRESETS |= {
     "glm-4.7-flash": {
         "model_type": "glm4_moe_lite",
@@ -159,7 +148,7 @@ PRESETS |= {
         "model_type": "sarvam_mla",
         "dtype": "bfloat16",
     },
-    "mistral-small-4": {"model_type": "mistral4", "rope_parameters": _MISTRAL4_ROPE, "dtype": "bfloat16"},
+    "mistral-small-4": {"model_type": "mistral4", "dtype": "bfloat16"},
     "deepseek-v3.2": {
         "model_type": "deepseek_v32",
         "rope_scaling": _YARN_V3,
