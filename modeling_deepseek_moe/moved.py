@@ -12,6 +12,7 @@ from typing import Any
 _PACKAGE = __name__.partition(".")[0]
 # Every module that README or CHANGELOG named by a name that it no longer has, and where what was in it is now.
 MOVED = {
+    f"{_PACKAGE}.conversion.convert": (f"{_PACKAGE}.conversion.one_conversion",),
     f"{_PACKAGE}.finetune.callbacks": (f"{_PACKAGE}.finetune.model.balance", f"{_PACKAGE}.finetune.runs.checkpoints"),
     f"{_PACKAGE}.finetune.chat_rows": (f"{_PACKAGE}.finetune.data.chat",),
     f"{_PACKAGE}.finetune.lora": (f"{_PACKAGE}.finetune.model.lora",),

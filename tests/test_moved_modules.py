@@ -12,6 +12,7 @@ from modeling_deepseek_moe.moved import LEFT, MOVED
 
 # As README and CHANGELOG had them, and where each name is now.
 DOCUMENTED = {
+    "from modeling_deepseek_moe.conversion.convert import convert": "conversion.one_conversion",
     "from modeling_deepseek_moe.finetune.callbacks import BalanceExperts": "finetune.model.balance",
     "from modeling_deepseek_moe.finetune.callbacks import MarkCheckpoints": "finetune.runs.checkpoints",
     "from modeling_deepseek_moe.finetune.lora import lora_config": "finetune.model.lora",
