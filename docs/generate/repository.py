@@ -23,7 +23,6 @@ WHOLE = {
     "CONTRIBUTING.md": "contributing.md",
     "FACTS.md": "facts.md",
     "conversion/README.md": "conversion.md",
-    "finetune/README.md": "fine-tuning/costs.md",
     "modeling_deepseek_moe/README.md": "modules.md",
     "modeling_deepseek_moe/kernels/README.md": "speed/kernels.md",
     "tests/benchmarks/results/benchmark.md": "speed/benchmark.md",
@@ -31,7 +30,12 @@ WHOLE = {
     **CARDS,
 }
 # Where a link to a file or folder leads whose text is in several pages.
-LINKED = {**WHOLE, "README.md": "index.md", "model_cards/reference": "models/index.md"}
+LINKED = {
+    **WHOLE,
+    "README.md": "index.md",
+    "finetune/README.md": "fine-tuning/costs.md",
+    "model_cards/reference": "models/index.md",
+}
 IMAGES = (".png", ".svg")
 _LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _CODE_OR_REFERENCE = re.compile(r"`[^`]*`|\]( ?)\[")

@@ -8,21 +8,17 @@ import re
 import tempfile
 from pathlib import Path
 
-import families
-import notebooks
-import recipes
-import reference
+import family_pages
+import notebook_pages
+import recipe_pages
+import reference_pages
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
+from offline import fetched_by
 from repository import CARDS, ROOT, WHOLE, read, section, with_links
 
 _INCLUDE = re.compile(r"^\{\{ ([\w./-]+)#([^}]*) \}\}$", re.M)
-# What a browser fetches by itself; links of text are followed by readers only.
-_FETCHED = re.compile(
-    r"<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=[\"']?((?:[a-z]+:)?//[^\"'> ]+)|"
-    r"<link\b(?![^>]*rel=[\"']?(?:canonical|prev|next))[^>]*\bhref=[\"']?((?:[a-z]+:)?//[^\"'> ]+)"
-)
 # The folders that pip installs as subpackages of the first.
 _PACKAGE, _SUBPACKAGES = "modeling_deepseek_moe", ("conversion", "finetune", "model_cards")
 _sources = tempfile.TemporaryDirectory()
@@ -38,7 +34,7 @@ def on_config(config):
             (package / path.name).symlink_to(path)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_sources.name]
     cards = ["models/cards/demo-base.md", *CARDS.values()]
-    config.nav = _filled(config.nav, {"RECIPES": list(recipes.pages()), "CARDS": cards})
+    config.nav = _filled(config.nav, {"RECIPES": list(recipe_pages.pages()), "CARDS": cards})
     return config
 
 
@@ -52,8 +48,8 @@ def _filled(nav, lists):
 
 def on_files(files, config):
     """Adds the pages that stand elsewhere or are generated, and every picture that they show."""
-    texts, pictures = notebooks.pages()
-    texts |= reference.pages() | recipes.pages() | families.pages()
+    texts, pictures = notebook_pages.pages()
+    texts |= reference_pages.pages() | recipe_pages.pages() | family_pages.pages()
     shown = set()
     for file, page in WHOLE.items():
         texts[page], images = with_links(read(file), file, page)
@@ -81,6 +77,6 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_post_page(output, page, config):
     """Refuses a page that a browser could not show without a network."""
-    for match in _FETCHED.finditer(output):
-        raise PluginError(f"{page.file.src_uri} would fetch {match[1] or match[2]} when it is read")
+    if fetched := fetched_by(output):
+        raise PluginError(f"{page.file.src_uri} would fetch {fetched[0]} when it is read")
     return output

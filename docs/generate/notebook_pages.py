@@ -31,15 +31,23 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
+        shown: list[str] = []
         for place, output in enumerate(cell["outputs"]):
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}-{number}-{place}.png"
                 pictures[name] = base64.b64decode("".join(data["image/png"]))
-                parts.append(f"![Output of the cell above]({name})")
-            elif text := "".join(output.get("text", data.get("text/plain", []))).rstrip():
-                parts.append(f'<div class="output" markdown>\n\n```text\n{text}\n```\n\n</div>')
+                parts += [*_as_output(shown), f"![Output of the cell above]({name})"]
+                shown = []
+            elif text := "".join(output.get("text", data.get("text/plain", []))).strip("\n"):
+                shown.append(text)
             else:
                 raise PluginError(f"{path.name}, cell {number}: no page can show an output of {sorted(data)}")
+        parts += _as_output(shown)
     parts.append(f"The notebook is `{path.relative_to(ROOT).as_posix()}` in the repository.")
     return "\n\n".join(parts) + "\n", pictures
+
+
+def _as_output(texts: list[str]) -> list[str]:
+    text = "\n".join(texts)
+    return [f'<div class="output" markdown>\n\n```text\n{text}\n```\n\n</div>'] if texts else []

@@ -12,7 +12,6 @@ _SHOWN = (
     ("topk_method", "choice"),
     ("norm_topk_prob", "normalised"),
     ("rope_interleave", "rotary pairs"),
-    ("latent_norm_eps", "latent norms"),
 )
 
 

@@ -15,13 +15,22 @@ from repository import ROOT
 
 from modeling_deepseek_moe.finetune.recipe.schema import EsftOptions, Recipe
 from modeling_deepseek_moe.finetune.recipe.sections import OWN_INSTEAD, section_hints
+from modeling_deepseek_moe.parts import WORDS
 
 CONFIG = "modeling_deepseek_moe/configuration_deepseek_moe.py"
-# Page -> title, package or module, what is left out because another page has it.
+# Page -> title, and the package whose public names it has.
 API = {
-    "reference/model.md": ("Model", "modeling_deepseek_moe", ()),
-    "reference/finetune.md": ("Fine-tuning", "modeling_deepseek_moe.finetune", ("EsftOptions", "Recipe")),
-    "reference/conversion.md": ("Conversion", "modeling_deepseek_moe.conversion", ("ADAPTER_FORMATS", "FORMATS")),
+    "reference/model.md": ("Model", "modeling_deepseek_moe"),
+    "reference/finetune.md": ("Fine-tuning", "modeling_deepseek_moe.finetune"),
+    "reference/conversion.md": ("Conversion", "modeling_deepseek_moe.conversion"),
+}
+# Names that another page explains.
+_ELSEWHERE = {
+    "ADAPTER_FORMATS": "../conversion.md#adapters",
+    "FORMATS": "../conversion.md",
+    "DeepseekMoeConfig": "config.md",
+    "EsftOptions": "recipe-keys.md#esft",
+    "Recipe": "recipe-keys.md",
 }
 MODULES = {
     "reference/expert-lora.md": ("LoRA on experts", "modeling_deepseek_moe.expert_lora"),
@@ -29,7 +38,7 @@ MODULES = {
 }
 # Recipe sections whose keys are fields of another library's class, and that class.
 _FOREIGN = {
-    "lora": "`peft.LoraConfig`, besides `targets`: a list of the words that `model.parts` has for parts of the model",
+    "lora": "`peft.LoraConfig`, besides `targets`, a list of " + ", ".join(f"`{word}`" for word in (*WORDS, "all")),
     "training": "`transformers.TrainingArguments`",
     "dpo": "`trl.DPOConfig`",
 }
@@ -65,7 +74,10 @@ def config_fields() -> str:
         if paragraph.startswith("Raises:"):
             continue
         group = re.match(r"([A-Z][a-z]+(?:[ -][a-z]+){0,2})(?: \([^)]*\))?: ", paragraph)
-        text += [f"## {group[1]}"] if group else []
+        if group:
+            text.append(f"## {group[1]}")
+            rest = paragraph.removeprefix(f"{group[1]}: ")
+            paragraph = rest[0].upper() + rest[1:]
         text.append(paragraph)
         named = [name for name in re.findall(r"`(\w+)(?:=[^`]*)?`", paragraph) if name in left]
         rows = [(name, left.pop(name)) for name in dict.fromkeys(named)]
@@ -164,14 +176,19 @@ def command_line() -> str:
     return done.stdout.replace("# `deepseek-moe`\n", "# Command line\n", 1)
 
 
-def api_of_package(title: str, package: str, elsewhere: tuple[str, ...]) -> str:
+def api_of_package(title: str, package: str) -> str:
     """The public names of a package, each read from the docstring of where it stands."""
     homes = importlib.import_module(package)._HOMES
+    links = [f"[`{name}`]({_ELSEWHERE[name]})" for name in homes if name in _ELSEWHERE]
     parts = [f"# {title}", f"What `{package}` hands out by name."]
+    parts += [f"On pages of their own: {', '.join(links)}."] if links else []
     for name, home in homes.items():
-        if name not in elsewhere:
-            options = [f"      heading: {package}.{name}", f"      toc_label: {name}"]
-            parts.append("\n".join([f"::: {package}{home}.{name}", "    options:", *options]))
+        options = [f"      heading: {package}.{name}", f"      toc_label: {name}"]
+        if name in _ELSEWHERE and name != "DeepseekMoeConfig":
+            continue
+        if name in _ELSEWHERE:  # its methods stand here
+            options += ["      show_docstring_description: false"]
+        parts.append("\n".join([f"::: {package}{home}.{name}", "    options:", *options]))
     return "\n\n".join(parts) + "\n"
 
 
