@@ -15,7 +15,7 @@ def counting_bar() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=_stderr())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def row_progress() -> Progress:
@@ -24,7 +24,8 @@ def row_progress() -> Progress:
         *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
         *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
     )
-    return Progress(*columns, console=_stderr())
+    # A notebook's bars are widgets of a package that may not be there; as text its cell shows their last state.
+    return Progress(*columns, console=Console(stderr=True, force_jupyter=False))
 
 
 def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
@@ -38,8 +39,3 @@ def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
         progress.update(task, advance=new_rows, speed=tokens / (time.monotonic() - started))
 
     return show
-
-
-def _stderr() -> Console:
-    # A notebook's bars are widgets of a package that may not be there; as text its cell shows their last state.
-    return Console(stderr=True, force_jupyter=False)
