@@ -32,9 +32,14 @@ _ELSEWHERE = {
     "EsftOptions": "recipe-keys.md#esft",
     "Recipe": "recipe-keys.md",
 }
+# Page -> title, module, and its members that are for users, if not all that have docstrings.
 MODULES = {
-    "reference/expert-lora.md": ("LoRA on experts", "modeling_deepseek_moe.expert_lora"),
-    "reference/balancing.md": ("Balance losses", "modeling_deepseek_moe.balancing"),
+    "reference/expert-lora.md": (
+        "LoRA on experts",
+        "modeling_deepseek_moe.expert_lora",
+        "[register_expert_lora, load_adapter]",
+    ),
+    "reference/balancing.md": ("Balance losses", "modeling_deepseek_moe.balancing", "null"),
 }
 # Recipe sections whose keys are fields of another library's class, and that class.
 _FOREIGN = {
@@ -47,16 +52,13 @@ _FOREIGN = {
 def pages() -> dict[str, str]:
     """Source path of each page -> its Markdown."""
     api = {page: api_of_package(*rest) for page, rest in API.items()}
-    api |= {page: f"# {title}\n\n::: {module}\n" + _NO_ROOT for page, (title, module) in MODULES.items()}
+    api |= {page: api_of_module(*rest) for page, rest in MODULES.items()}
     return {
         "reference/config.md": config_fields(),
         "reference/recipe-keys.md": recipe_keys(),
         "reference/command.md": command_line(),
         **api,
     }
-
-
-_NO_ROOT = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
 
 
 def config_fields() -> str:
@@ -172,8 +174,22 @@ def command_line() -> str:
     done = subprocess.run([*command, "--name", "deepseek-moe"], capture_output=True, text=True)
     if done.returncode:
         raise PluginError(f"the command's help could not be read: {done.stderr.strip()}")
-    # `<str>` would be read as a tag of HTML outside of code.
-    return done.stdout.replace("# `deepseek-moe`\n", "# Command line\n", 1)
+    text, lines = done.stdout.replace("# `deepseek-moe`\n", "# Command line\n", 1), []
+    verb = ""
+    for line in text.splitlines():
+        heading, listed = re.match(r"##+ `deepseek-moe (.*)`", line), re.match(r"\* `(\w+)`: ", line)
+        verb = heading[1] if heading else verb
+        if listed and (name := f"{verb} {listed[1]}".strip()) and f"# `deepseek-moe {name}`" in text:
+            # What typer says of a verb in a list is cut off; its own section has all of it.
+            line = f"* [`{listed[1]}`](#deepseek-moe-{name.replace(' ', '-')})"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def api_of_module(title: str, module: str, members: str) -> str:
+    """The docstring of a module, and of what stands in it."""
+    options = ["show_root_heading: false", "show_root_toc_entry: false", f"members: {members}"]
+    return f"# {title}\n\n::: {module}\n    options:\n" + "".join(f"      {option}\n" for option in options)
 
 
 def api_of_package(title: str, package: str) -> str:
