@@ -7,6 +7,7 @@ that showed it: `shown_by` tells whether that is still the notebook's code.
 """
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from places import ROOT
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 _DIGEST = "code_that_showed_this"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_PLACE = re.compile(rf"(/\S*?/tmp\w+|{re.escape(str(ROOT))})(\S*)( *)")
+_PLACE = re.compile(rf"(/\S*/tmp\w+|{re.escape(str(ROOT))})(\S*)( *)")
 
 
 def code_digest(notebook: nbformat.NotebookNode) -> str:
@@ -32,13 +33,16 @@ def shown_by(notebook: nbformat.NotebookNode) -> str | None:
 
 
 def run(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs, run in `folder`.
+    """The notebook with its outputs, run in `folder`, with its temporary folders in `folder/tmp`.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised; the message has the cell and its traceback.
     """
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
+    client.execute(env=environment)
     return notebook
 
 
