@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, INDEX_NAME, SINGLE_NAME, TensorEntry, read_entries
+from modeling_deepseek_moe.families import text_config_dict
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 from modeling_deepseek_moe.parts import expert_of, layer_of
 
@@ -223,7 +224,7 @@ def _published_config(folder: Path) -> dict[str, Any]:
     config_json = read_config(folder)
     if read_block(folder / CONFIG_NAME, config_json) != FP8_BLOCK:
         raise CheckpointError(f"{folder / CONFIG_NAME}: weight_block_size is not {list(FP8_BLOCK)}")
-    return config_json
+    return text_config_dict(config_json)  # ranks hold no other part
 
 
 def _config_of_args(folder: Path, args: dict[str, Any], whole: dict[str, TensorEntry]) -> tuple[dict, list[str]]:
