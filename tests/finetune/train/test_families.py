@@ -7,12 +7,15 @@ import torch
 from checkpoint_folders import tensors_of
 from places import SIBLINGS
 from safetensors.torch import load_file
+from text_parts import write_kimi
 from tiny import tiny_ids
 from tiny_run import full, tiny_tokenizer, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.expert_lora import load_adapter
+from modeling_deepseek_moe.finetune.errors import UserError
+from modeling_deepseek_moe.finetune.model.use import load_for_use
 from modeling_deepseek_moe.finetune.plan.fit import MemoryPlan
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run
@@ -89,6 +92,25 @@ def test_four_bits_carry_lora_on_a_family(base, tmp_path):
     run(tmp_path, base, quantization="nf4", dtype="float32")
     files = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any("mlp.experts" in name and tensor.any() for name, tensor in files.items())
+
+
+def test_the_text_part_of_a_model_that_also_sees_is_trained_and_its_adapter_put_on_it_again(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    write_kimi(base, vocab_size=90, pad_token_id=2)
+    tiny_tokenizer().save_pretrained(base)
+    with pytest.raises(UserError, match="cannot load model .*holds more than a text model .*`text_only: true`"):
+        run(tmp_path, base)
+    run(tmp_path, base, text_only=True, merge=True, overwrite=True)
+    model, _ = load_for_use(base, adapter=tmp_path / "run" / "adapter", text_only=True)
+    plain, _ = load_for_use(base, text_only=True)
+    assert not torch.allclose(logits_of(model), logits_of(plain))
+    merged = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert merged["model_type"] == "deepseek_moe"
+    config = DeepseekMoeConfig.from_pretrained(base)
+    recipe = make_recipe({"model": "model", "data": "data", "output_dir": "out", "max_length": 32})
+    weights = MemoryPlan(config, recipe, "cpu").memory().weights  # the text part's, without being told
+    assert sum(weights.values()) == sum(tensor.nbytes for tensor in (*plain.parameters(), *plain.buffers()))
 
 
 @pytest.mark.parametrize("name", WITH_MTP)
