@@ -1,6 +1,7 @@
 """Every family from a recipe to files: LoRA, ESFT, four bits, all weights with balance and MTP, converted, planned."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig, DeepseekMo
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.expert_lora import load_adapter
 from modeling_deepseek_moe.finetune.errors import UserError
+from modeling_deepseek_moe.finetune.experts.score_data import score_data, select_from
 from modeling_deepseek_moe.finetune.model.use import load_for_use
 from modeling_deepseek_moe.finetune.plan.fit import MemoryPlan
 from modeling_deepseek_moe.finetune.recipe.load import make_recipe
@@ -61,13 +63,24 @@ def test_lora_on_all_parts_trains_and_its_adapter_loads_on_the_family(base, tmp_
     assert not torch.allclose(logits_of(adapted), before)
 
 
-def test_a_merged_run_is_saved_as_the_familys_own_model(base, tmp_path):
+def test_a_merged_run_is_saved_and_pushed_as_the_familys_own_model(base, tmp_path, push, api):
     run(tmp_path, base, merge=True)
     own = json.loads((base / "config.json").read_text())["model_type"]
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == own
     original = load_file(base / "model.safetensors")
     merged = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert merged.keys() == original.keys()
+    seen = json.loads((tmp_path / "run" / "experts.json").read_text())
+    config = DeepseekMoeConfig.from_pretrained(base)
+    assert len(seen["layers"]) == sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    push(tmp_path / "run", "me/tuned", base="me/base")
+    back = Path(api.snapshot_download("me/tuned", local_dir=tmp_path / "back"))
+    assert json.loads((back / "config.json").read_text())["model_type"] == own
+    card = (back / "README.md").read_text()
+    assert "vllm serve me/tuned" in card and 'DeepseekMoeForCausalLM.from_pretrained("me/tuned"' in card
+    with torch.no_grad():
+        pair = [logits_of(DeepseekMoeForCausalLM.from_pretrained(at)) for at in (back, tmp_path / "run" / "model")]
+    assert torch.equal(*pair)
 
 
 def test_full_fine_tuning_moves_the_bias_where_there_is_one_and_leaves_the_indexer(base, tmp_path):
@@ -86,6 +99,12 @@ def test_full_fine_tuning_moves_the_bias_where_there_is_one_and_leaves_the_index
 def test_esft_trains_the_chosen_experts_of_a_family(base, tmp_path):
     run(tmp_path, base, full, **{"esft.score": "token", "esft.top_p": 0.3})
     assert (tmp_path / "run" / "adapter").is_dir()
+    score_data(base, tmp_path / "rows.jsonl", tmp_path / "scores.json", sample_tokens=64)
+    select_from(tmp_path / "scores.json", tmp_path / "chosen.json", top_p=0.3)
+    chosen = json.loads((tmp_path / "chosen.json").read_text())["experts"]
+    config = DeepseekMoeConfig.from_pretrained(base)
+    assert [int(layer) for layer in chosen] == list(filter(config.is_moe_layer, range(config.num_hidden_layers)))
+    assert all(chosen.values())
 
 
 def test_four_bits_carry_lora_on_a_family(base, tmp_path):
