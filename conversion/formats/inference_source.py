@@ -107,6 +107,7 @@ def open_ranks(folder: str | os.PathLike, with_published_config: bool = True) ->
     except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
         path = folder / CONFIG_NAME if with_published_config else args_path
         raise CheckpointError(f"{path}: {error}") from error
+    config_json = text_config_dict(config_json)  # ranks hold no other part
     if with_published_config:
         check_agreement(args, config, args_path, CONFIG_NAME)
     check_against_config(folder, config, {name: pieces[name].files[0] for name in pieces}, whole, FP8_BLOCK)
@@ -224,7 +225,7 @@ def _published_config(folder: Path) -> dict[str, Any]:
     config_json = read_config(folder)
     if read_block(folder / CONFIG_NAME, config_json) != FP8_BLOCK:
         raise CheckpointError(f"{folder / CONFIG_NAME}: weight_block_size is not {list(FP8_BLOCK)}")
-    return text_config_dict(config_json)  # ranks hold no other part
+    return config_json
 
 
 def _config_of_args(folder: Path, args: dict[str, Any], whole: dict[str, TensorEntry]) -> tuple[dict, list[str]]:
