@@ -11,6 +11,7 @@ import transformers
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors
+from modeling_deepseek_moe.families import text_config_dict
 
 from .engine.operations import Copy, Quantize
 from .engine.plan import Plan, Step
@@ -102,8 +103,9 @@ def _problem(before: Reader, after: Reader, step: Step, names: list[str]) -> str
 
 @torch.no_grad()
 def _verify_logits(plan: Plan, target: Path, tensors: int) -> Verification:
-    dtype = plan.config_json.get("dtype") or plan.config_json.get("torch_dtype") or "float32"
-    is_fp8 = "quantization_config" in plan.config_json
+    written = text_config_dict(plan.config_json)
+    dtype = written.get("dtype") or written.get("torch_dtype") or "float32"
+    is_fp8 = "quantization_config" in written
     # transformers' own class cannot read FP8 weights whose last blocks are cut off.
     native = None if is_fp8 else _NATIVE_CLASSES.get(plan.to)
     reader = getattr(transformers, native) if native else DeepseekMoeForCausalLM
@@ -111,8 +113,8 @@ def _verify_logits(plan: Plan, target: Path, tensors: int) -> Verification:
     with quiet_transformers():
         expected = _logits(DeepseekMoeForCausalLM, _loadable(plan.source), dtype, ids)
         # Of the ranks' ModelArgs alone, which must say everything that the model computes.
-        written = open_ranks(target, with_published_config=False) if plan.to == INFERENCE else target
-        found = _logits(reader, written, dtype, ids)
+        result = open_ranks(target, with_published_config=False) if plan.to == INFERENCE else target
+        found = _logits(reader, result, dtype, ids)
     difference = float((found - expected).abs().max() / expected.abs().max())
     exact = not any(isinstance(innermost(step.operation), Quantize) for shard in plan.shards for step in shard.steps)
     if exact and not difference <= _LOGIT_TOLERANCE:
@@ -136,6 +138,8 @@ def _logits(model_class, folder: Path | JoinedCheckpoint, dtype: str, ids: torch
     options = {}
     if (folder / CONFIG_NAME).is_file() and "quantization_config" in (folder / CONFIG_NAME).read_text("utf-8"):
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+    if model_class is DeepseekMoeForCausalLM:
+        options["text_only"] = True
     model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
     return model.float().eval()(ids).logits
 

@@ -21,21 +21,27 @@ from modeling_deepseek_moe.checkpoint_layout import (
     is_redundant,
     parameter_counts,
 )
+from modeling_deepseek_moe.families import FAMILIES
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
 from modeling_deepseek_moe.latent_cache import cache_elements
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, released_json
-from modeling_deepseek_moe.quantized.weights import BITS
+from modeling_deepseek_moe.quantized.weights import BITS, is_quantized
 
 FOLDER = Path(__file__).with_name("reference")
 _TEMPLATE = Path(__file__).with_name("reference.md.jinja")
 _DATA = Path(__file__).with_name("released.yaml")
-_STORED = {"bfloat16": "bfloat16", "fp8": "FP8 blocks of 128 x 128, the rest in bfloat16"}
+_STORED = {
+    "bfloat16": "bfloat16",
+    "fp8": "FP8 blocks of 128 x 128, the rest in bfloat16",
+    "fp8 matrices": "FP8 with one scale a matrix and scales of activations, the rest in bfloat16",
+    "int4": "INT4 with a scale for 32 values in the routed experts, the rest in bfloat16",
+}
 
 
 def released() -> dict[str, dict[str, Any]]:
     """What `released.yaml` says of each card, by the name of its preset."""
     data = yaml.safe_load(_DATA.read_text(encoding="utf-8"))
-    return {name: {**card, "paper": data["papers"][card["paper"]]} for name, card in data["cards"].items()}
+    return {name: {**card, "paper": data["papers"].get(card.get("paper"))} for name, card in data["cards"].items()}
 
 
 def reference_card(name: str) -> str:
@@ -55,6 +61,7 @@ def reference_card(name: str) -> str:
         figures=card.get("figures", []),
         notes=card.get("notes", []),
         is_fp8=card["published_as"] == "fp8",
+        whole=card.get("text_part_of"),
         stored=_STORED[card["published_as"]],
         sentence=f"{size.parameters / 1e9:.1f}B parameters, of which {size.active / 1e9:.1f}B work on a token: "
         f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
@@ -62,7 +69,9 @@ def reference_card(name: str) -> str:
         facts=_facts(config, size),
         weights=[(form, f"{count / 1e9:,.1f}") for form, count in size.bytes.items()],
         cache=_cache(config),
-        elsewhere=_elsewhere(released_json(name)["model_type"]),
+        loaded=card.get("readable_copy", card["repositories"][0]),
+        trained=card.get("readable_copy", card["repositories"][-1]),
+        elsewhere=_elsewhere(released_json(name)["model_type"], card.get("text_part_of")),
     )
 
 
@@ -83,9 +92,9 @@ class Sizes:
 
 
 def sizes(config: DeepseekMoeConfig) -> Sizes:
-    """Sizes of a model that would be published as FP8 blocks, bfloat16 or NF4."""
+    """Sizes of a model that would be published as FP8 blocks, where its family has these, bfloat16 or NF4."""
     mtp, sizes = 0, {"bfloat16": 0.0, "FP8 blocks": 0.0, "NF4": 0.0}
-    for name, (shape, dtype) in expected_tensors(config, fp8=True).items():
+    for name, (shape, dtype) in expected_tensors(config, fp8=True, stacked=False).items():
         count, is_scale, is_fp8 = math.prod(shape), name.endswith(SCALE_SUFFIX), dtype == torch.float8_e4m3fn
         if is_mtp_tensor(name, config):
             mtp += 0 if is_scale or is_redundant(name) else count
@@ -93,7 +102,10 @@ def sizes(config: DeepseekMoeConfig) -> Sizes:
         sizes["FP8 blocks"] += count * dtype.itemsize
         if not is_scale:
             sizes["bfloat16"] += count * (torch.bfloat16 if is_fp8 else dtype).itemsize
-            sizes["NF4"] += count * (BITS / 8 if is_fp8 else dtype.itemsize)
+            plain = (torch.bfloat16 if is_fp8 else dtype).itemsize
+            sizes["NF4"] += count * (BITS / 8 if is_quantized(name) else plain)
+    if config.family is not None and not FAMILIES[config.family].has_fp8_blocks:
+        del sizes["FP8 blocks"]
     return Sizes(*parameter_counts(config), mtp, {form: round(count) for form, count in sizes.items()})
 
 
@@ -114,14 +126,13 @@ def write_cards(folder: Path = FOLDER) -> list[Path]:
 
 def _facts(config: DeepseekMoeConfig, size: Sizes) -> list[tuple[str, str]]:
     dense, width = config.first_k_dense_replace, config.moe_intermediate_size
+    without = "the first" if dense == 1 else f"the first {dense}"
+    of_dense = f"; {config.intermediate_size:,} in the MLP of layers without experts" if dense else ""
     rows = [
         ("parameters", f"{size.parameters:,}"),
         ("active for a token", f"{size.active:,}"),
-        (
-            "layers",
-            f"{config.num_hidden_layers}, {'the first' if dense == 1 else f'the first {dense}'} without experts",
-        ),
-        ("hidden size", f"{config.hidden_size:,}; {config.intermediate_size:,} in the MLP of layers without experts"),
+        ("layers", f"{config.num_hidden_layers}, {f'{without} without experts' if dense else 'all with experts'}"),
+        ("hidden size", f"{config.hidden_size:,}{of_dense}"),
         ("attention", _attention(config)),
         ("experts", f"{config.n_routed_experts} routed and {config.n_shared_experts} shared, {width:,} wide"),
         ("router", _router(config)),
@@ -137,12 +148,23 @@ def _facts(config: DeepseekMoeConfig, size: Sizes) -> list[tuple[str, str]]:
 def _attention(config: DeepseekMoeConfig) -> str:
     heads = config.num_attention_heads
     if config.kv_lora_rank is None:
-        return f"multi-head, {heads} heads of {config.head_dim}"
+        groups, rotated = config.num_key_value_heads, config.rotary_dim
+        kind = "multi-head" if groups == heads else f"queries in {groups} groups"
+        part = f", of which {rotated} are rotated" if rotated < config.head_dim else ""
+        return f"{kind}, {heads} heads of {config.head_dim}{part}" + (", normed" if config.use_qk_norm else "")
     queries = f"compressed to {config.q_lora_rank:,}" if config.q_lora_rank else "not compressed"
     return (
         f"MLA, {heads} heads; keys of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} and values of "
         f"{config.v_head_dim} out of a latent of {config.kv_lora_rank}; queries {queries}"
+        f"{_indexer(config)}"
     )
+
+
+def _indexer(config: DeepseekMoeConfig) -> str:
+    if config.index_topk is None:
+        return ""
+    heads, width = config.index_n_heads, config.index_head_dim
+    return f"; an indexer of {heads} heads of {width} chooses {config.index_topk:,} tokens"
 
 
 def _router(config: DeepseekMoeConfig) -> str:
@@ -171,8 +193,10 @@ def _cache(config: DeepseekMoeConfig) -> str:
     )
 
 
-def _elsewhere(model_type: str) -> str:
-    if model_type in ("deepseek_v2", "deepseek_v3"):
+def _elsewhere(model_type: str, whole: str | None) -> str:
+    if whole:
+        return f"For the whole of it transformers has a class, `{whole}`, which `AutoModelForImageTextToText` takes."
+    if model_type in ("deepseek_v2", "deepseek_v3") or FAMILIES[model_type].keeps_type:
         return f"transformers has a class of its own for the type `{model_type}`, which `AutoModelForCausalLM` takes."
     unknown = f"transformers does not know the type `{model_type}`."
     return f"{unknown} Import this package, and `AutoModelForCausalLM` takes it."

@@ -11,6 +11,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.distribution import how_to_install
+from modeling_deepseek_moe.families import FAMILIES
 
 _UNKNOWN_BASE = "BASE"
 # Ranks that vLLM reserves room for.
@@ -62,7 +63,7 @@ def ways_to_load(
             _model("Transformers alone, with the code in this repository", repo_id, "", ", trust_remote_code=True"),
             _model("This package", repo_id, _registering()),
         ]
-    elif fields["model_type"] in _KNOWN_TO_TRANSFORMERS:
+    elif _has_own_class(fields["model_type"]):
         own = f"""from modeling_deepseek_moe import DeepseekMoeForCausalLM  # {how_to_install()}
 
 model = DeepseekMoeForCausalLM.from_pretrained("{repo_id}", dtype="auto")"""
@@ -200,6 +201,10 @@ def _serving(fields: dict[str, Any], repo_id: str) -> Way:
     code = f"""hf download {repo_id} --local-dir model
 deepseek-moe convert model tuned --to {to}"""
     return Way("vLLM and SGLang", code + _SERVE, "bash", f"They know it as the type {to}.")
+
+
+def _has_own_class(model_type: str) -> bool:
+    return model_type in _KNOWN_TO_TRANSFORMERS or (model_type in FAMILIES and FAMILIES[model_type].keeps_type)
 
 
 def serving_type(config_json: dict[str, Any]) -> tuple[str, str]:

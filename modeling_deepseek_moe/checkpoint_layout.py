@@ -36,6 +36,7 @@ MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.h
 # Those, and rotary tables of older exports.
 REDUNDANT_TENSORS = [*(rf"layers\.\d+\.{re.escape(name)}$" for name in MTP_COPIES), r"inv_freq$"]
 _REDUNDANT = re.compile("|".join(REDUNDANT_TENSORS))
+_FP8_OF_INDEXER = re.compile(r"\.self_attn\.indexer\.(?:wq_b|wk)\.weight$")
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
@@ -106,9 +107,9 @@ def is_mtp_tensor(name: str, config) -> bool:
 def is_fp8_weight(name: str) -> bool:
     """Whether DeepSeek publishes this tensor in FP8 blocks, where a checkpoint is in FP8 at all (FACTS 3.4).
 
-    Router, norms, embedding, head and the MTP modules' eh_proj stay as they are.
+    Router, norms, embedding, head, the MTP modules' eh_proj and the weights of an indexer's heads stay as they are.
     """
-    return is_linear_weight(name)
+    return is_linear_weight(name) or _FP8_OF_INDEXER.search(name) is not None
 
 
 def is_redundant(name: str) -> bool:

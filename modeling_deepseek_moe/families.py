@@ -26,6 +26,7 @@ class Family:
         keeps_type: a model read as this type is saved as it, config and tensor names; else as `deepseek_moe`.
         stacks_experts: its checkpoints hold the experts of a layer in two tensors, as memory does.
         states_rotary_share: its rope settings say which share of a latent head is rotated.
+        has_fp8_blocks: in FP8 it has DeepSeek's blocks; else what it has needs more than the weights (FACTS 3.4).
     """
 
     defaults: Mapping[str, object]
@@ -36,6 +37,7 @@ class Family:
     keeps_type: bool = True
     stacks_experts: bool = False
     states_rotary_share: bool = False
+    has_fp8_blocks: bool = True
 
 
 # transformers writes the MTP depth under a name of its own.
@@ -56,11 +58,35 @@ FAMILIES = {
         only={"layer_types": ("full_attention",), "sliding_window": (None,), "max_window_layers": None},
         fixed=("use_qk_norm",),
     ),
-    "mistral4": Family(MISTRAL4, ("Mistral4",), stacks_experts=True, states_rotary_share=True),
+    "mistral4": Family(MISTRAL4, ("Mistral4",), stacks_experts=True, states_rotary_share=True, has_fp8_blocks=False),
     "deepseek_v32": Family(
         DEEPSEEK_V32, ("DeepseekV32",), _MTP_DEPTH, {"layer_types": ("indexed_attention",), "mlp_bias": (False,)}
     ),
 }
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A `model_type` of several parts, of which one is a model of ours: its `text_config`, under `TEXT_PREFIX`.
+
+    Attributes:
+        text_types: the types of `FAMILIES` that its text part can be.
+        other_parts: what the names of all other tensors begin with.
+    """
+
+    text_types: tuple[str, ...]
+    other_parts: tuple[str, ...]
+
+
+TEXT_PREFIX = "language_model."
+# Names of the released files: FACTS 7.2.
+WRAPPERS = {
+    "kimi_k25": Wrapper(("kimi_k2", "deepseek_v3"), ("vision_tower.", "mm_projector.")),
+    "mistral3": Wrapper(("mistral4",), ("vision_tower.", "multi_modal_projector.")),
+}
+OTHER_PARTS = tuple(sorted({part for wrapper in WRAPPERS.values() for part in wrapper.other_parts}))
+# What the text part takes from around it where it does not say it itself.
+_AROUND_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 # What no json states: the family's class is written for one value.
@@ -77,22 +103,55 @@ SEMANTICS = (
 )
 
 
+def wrapper_of(config_dict: dict) -> Wrapper | None:
+    """The wrapper that a parsed `config.json` is of; None for a model of one part."""
+    model_type = config_dict.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def text_config_dict(config_dict: dict) -> dict:
+    """What a `config.json` says of the text part: of a wrapper its `text_config`, else all of it.
+
+    Raises:
+        ValueError: the text part of a wrapper is missing, or of a type that is none of ours.
+    """
+    wrapper = wrapper_of(config_dict)
+    if wrapper is None:
+        return config_dict
+    model_type, text = config_dict["model_type"], config_dict.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"text_config={text!r} of a {model_type} is not an object")
+    if text.get("model_type") not in wrapper.text_types:
+        choices = " or ".join(map(repr, wrapper.text_types))
+        raise ValueError(f"text_config.model_type={text.get('model_type')!r} of a {model_type} is not {choices}")
+    return {name: config_dict[name] for name in _AROUND_TEXT if name in config_dict} | text
+
+
+def with_text_fields(config_dict: dict, fields: dict) -> dict:
+    """A `config.json` with other values of the text part."""
+    if wrapper_of(config_dict) is None:
+        return config_dict | fields
+    return config_dict | {"text_config": config_dict["text_config"] | fields}
+
+
 def canonical_config_dict(config_dict: dict) -> dict:
     """The same configuration as a `deepseek_moe` one; a dict of that type, or of none, is returned as it is.
 
     Args:
-        config_dict: a parsed `config.json` whose `model_type` is one of `FAMILIES`.
+        config_dict: a parsed `config.json` whose `model_type` is one of `FAMILIES`, or one of `WRAPPERS`, whose text
+            part is meant.
 
     Raises:
         ValueError: not an object, of a type this package does not have, or with a value that it cannot express.
     """
     if not isinstance(config_dict, dict):
         raise ValueError(f"a configuration is a JSON object, not a {type(config_dict).__name__}")
+    config_dict = text_config_dict(config_dict)
     model_type = config_dict.get("model_type") or "deepseek_moe"
     if model_type == "deepseek_moe":
         return config_dict
     if model_type not in FAMILIES:
-        choices = ", ".join(map(repr, [*FAMILIES, "deepseek_moe"]))
+        choices = ", ".join(map(repr, [*FAMILIES, *WRAPPERS, "deepseek_moe"]))
         raise ValueError(f"model_type={model_type!r} is not one of {choices}")
     family = FAMILIES[model_type]
     theirs = {family.renamed.get(name, name): value for name, value in config_dict.items()}

@@ -1,6 +1,8 @@
 """`from_pretrained` and `save_pretrained` of the family: nothing is silently initialised, dropped or renamed."""
 
 import os
+import re
+from collections import Counter
 
 import torch
 from safetensors import safe_open
@@ -10,24 +12,34 @@ from transformers.utils import logging
 
 from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
 from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor, stacks_experts
+from .families import OTHER_PARTS, TEXT_PREFIX
 from .fp8_blocks import FP8_BLOCK, SCALE_SUFFIX, dequantize_blocks
 from .quantized_layers import keep_bitsandbytes_layout, make_config_true
 
 logger = logging.get_logger(__name__)
 
+_TEXT_PATTERN = rf"^{re.escape(TEXT_PREFIX)}"
+
 
 class CheckpointMixin:
     """Checks a checkpoint before its tensors are read, and writes DeepSeek's own layout back."""
 
-    _keys_to_ignore_on_load_unexpected = REDUNDANT_TENSORS
+    # Other parts of a model are there only where `text_only` says to leave them out.
+    _keys_to_ignore_on_load_unexpected = [*REDUNDANT_TENSORS, *(rf"^{re.escape(part)}" for part in OTHER_PARTS)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, text_only: bool = False, **kwargs):
         """Loads DeepSeek's own checkpoints of every generation, from a folder or the Hub; safetensors only.
+
+        Args:
+            text_only: of a model of several parts (Kimi-K2.5 also sees) load the text part alone; it is saved as a
+                model of its own. Without, such a model is refused.
 
         Raises:
             CheckpointError: files that are broken, incomplete, or do not fit the config; names file and tensors.
         """
+        if text_only:
+            kwargs["key_mapping"] = {_TEXT_PATTERN: "", **(kwargs.get("key_mapping") or {})}
         if not kwargs.get("gguf_file"):
             if kwargs.get("use_safetensors") is False:
                 raise CheckpointError("use_safetensors=False: only safetensors files are read; convert pickles first")
@@ -42,6 +54,8 @@ class CheckpointMixin:
         # Tensors of a quantised checkpoint have other names and shapes; transformers' own report covers those.
         # `expected_keys` are given for an adapter, which goes on top of a model that is already there.
         from_fp8 = expected_keys is None and is_fp8_to_dequantize(load_config)
+        if expected_keys is None:
+            refuse_other_parts(state_dict, checkpoint_files, load_config)
         if (not is_quantized_checkpoint(load_config) or from_fp8) and expected_keys is None:
             check_and_fit(model, state_dict, checkpoint_files, load_config)
         if from_fp8:
@@ -53,6 +67,9 @@ class CheckpointMixin:
             # It is a plain model from here on, and saved as one.
             renamings = [rule for rule in model._weight_conversions if isinstance(rule, WeightRenaming)]
             model._weight_conversions = [*renamings, *EXPERT_STACKING]
+        rules = getattr(model, "_weight_conversions", None) or []
+        if any(map(is_text_rule, rules)):  # what is saved is a text model
+            model._weight_conversions = [rule for rule in rules if not is_text_rule(rule)]
         return loaded
 
     @staticmethod
@@ -101,6 +118,29 @@ class CheckpointMixin:
         if self.config.num_nextn_predict_layers and not is_adapted:
             state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def is_text_rule(rule) -> bool:
+    """Whether this is the renaming that `text_only` asks for."""
+    return isinstance(rule, WeightRenaming) and list(rule.source_patterns) == [_TEXT_PATTERN]
+
+
+def refuse_other_parts(state_dict, checkpoint_files, load_config) -> None:
+    """Raises for a checkpoint of several parts, unless `text_only` says to leave the others out."""
+    if any(map(is_text_rule, load_config.weight_mapping or [])):
+        return
+    names = list(state_dict or ())
+    if state_dict is None:
+        files = [file for file in checkpoint_files if str(file).endswith(".safetensors")]
+        names = [name for file in files for name in read_entries(file)]
+    parts = Counter(part for name in names for part in (TEXT_PREFIX, *OTHER_PARTS) if name.startswith(part))
+    if parts:
+        found = ", ".join(f"{count} tensors {part}*" for part, count in parts.items())
+        raise CheckpointError(
+            f"{load_config.pretrained_model_name_or_path or 'the state dict'} holds more than a text model ({found}): "
+            "text_only=True loads its text part and leaves the rest out (`text_only: true` in a recipe, --text-only "
+            "in a command)"
+        )
 
 
 def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:

@@ -187,9 +187,20 @@ _SIBLINGS = {
         "deepseek-r1-0528": {"aux_loss_alpha": 0.001},
     },
     "moonlight-16b-a3b": {"moonlight-16b-a3b-instruct": {"eos_token_id": 163586}},
-    "kimi-k2": {"kimi-k2-base": {}, "kimi-k2-instruct": {}},
+    "kimi-k2": {
+        "kimi-k2-base": {},
+        "kimi-k2-instruct": {},
+        # The text part; FACTS 7.2.
+        "kimi-k2.5": {
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {**_YARN_V3, "factor": 64},
+            "max_position_embeddings": 262144,
+            "pad_token_id": 163839,
+        },
+    },
     "glm-4.5": {"glm-4.5-base": {}, "glm-4.6": {"max_position_embeddings": 202752}},
     "glm-4.5-air": {"glm-4.5-air-base": {}},
+    "mistral-small-4": {"mistral-small-4-119b-2603": {}},
     "deepseek-v3.2": {"deepseek-v3.2-exp": {}},
 }
 

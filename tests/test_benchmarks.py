@@ -307,3 +307,29 @@ def test_uniform_routing_gives_every_token_distinct_experts(benchmark):
     counts = drawn.flatten().bincount(minlength=64)
     # 384 tokens an expert, with a deviation of 19: none is five of them away.
     assert counts.min() > 290 and counts.max() < 480
+
+
+def test_another_models_sizes_are_measured_beside_and_against_its_own_class_without_goals(benchmark, tmp_path):
+    result = call(benchmark, "decode", "--size", "tiny-glm", "--repeats", 1, "--contexts", 64, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["sections"]["decode"]
+    assert found["environment"]["size"] == "tiny-glm"
+    assert all(row["agreement"]["difference"] <= row["agreement"]["bound"] for row in found["rows"])
+    assert all(row["goal"] is None and row["reached"] is None for row in found["rows"])
+
+
+def test_lora_on_another_models_sizes_is_held_to_pefts_on_its_own_class(benchmark):
+    import lora
+
+    bench = benchmark.workbench.Workbench(benchmark.workbench.Settings("tiny-glm", 2, 1, 1, (64,), None))
+    models = lora.Models(bench)
+    assert type(models.theirs.side.model).__name__ == "Glm4MoeLiteForCausalLM"
+    agrees = lora.check_step(bench, models)
+    assert agrees["difference"] <= agrees["bound"]
+
+
+def test_routing_of_another_model_is_refused_for_sizes_with_fewer_experts_a_token(benchmark, tmp_path):
+    path = routing_file(tmp_path, GOOD)
+    result = call(benchmark, "decode", "--size", "tiny-glm", "--routing", path, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "--routing is of DeepSeek-V2-Lite" in result.output and len(result.output.splitlines()) == 1

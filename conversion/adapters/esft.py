@@ -102,7 +102,7 @@ def replaced_by(adapter: EsftAdapter, source: SourceCheckpoint) -> dict[str, str
     Raises:
         CheckpointError: the adapter lacks a tensor that its `expert_cfg.json` announces, or has another one.
     """
-    return adapted_names(adapter, source.config, source.entries, source.folder, source.block)
+    return adapted_names(adapter, source.config, source.text_names, source.folder, source.block)
 
 
 def adapted_names(
@@ -142,7 +142,7 @@ def plan_esft(tuned: SourceCheckpoint, base: SourceCheckpoint) -> Plan:
     Raises:
         CheckpointError: the checkpoints do not have the same tensors, or are equal.
     """
-    for name in sorted(tuned.entries.keys() | base.entries.keys()):
+    for name in sorted({*tuned.text_names, *base.text_names}):
         one, other = tuned.entries.get(name), base.entries.get(name)
         if one is None or other is None or one[:2] != other[:2]:
             described = [f"{entry.dtype} {list(entry.shape)}" if entry else "missing" for entry in (one, other)]
@@ -153,7 +153,7 @@ def plan_esft(tuned: SourceCheckpoint, base: SourceCheckpoint) -> Plan:
     config_json = _expert_cfg(tuned.config, set(_different(tuned, base)))
     steps = [
         Step(Copy(), (name,), (TensorSpec(name, tuned.dtype(name), tuned.entries[name].shape),))
-        for name in trained_names(config_json, tuned.entries)
+        for name in trained_names(config_json, tuned.text_names)
     ]
     if not steps:
         raise CheckpointError(f"{tuned.folder} and {base.folder} are equal; there is nothing to write")
@@ -172,10 +172,11 @@ def plan_esft(tuned: SourceCheckpoint, base: SourceCheckpoint) -> Plan:
 
 def _different(tuned: SourceCheckpoint, base: SourceCheckpoint) -> Iterator[str]:
     with Reader(tuned) as one, Reader(base) as other, ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
-        for name in tuned.entries:
+        names = tuned.text_names
+        for name in names:
             one.file(name), other.file(name)  # opened here, so that two threads do not open one twice
-        same = pool.map(lambda name: same_bytes(one, other, name, name), tuned.entries)
-        yield from (name for name, is_same in zip(tuned.entries, same, strict=True) if not is_same)
+        same = pool.map(lambda name: same_bytes(one, other, name, name), names)
+        yield from (name for name, is_same in zip(names, same, strict=True) if not is_same)
 
 
 def _expert_cfg(config: DeepseekMoeConfig, names: set[str]) -> dict[str, Any]:

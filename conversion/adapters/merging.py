@@ -162,7 +162,7 @@ class AppliedAdapter:
         if not self.source.is_fp8(name):
             return dataclasses.replace(step, operation=Merge(Copy(), delta, step.operation))
         block, (spec,) = self.source.block, step.outputs
-        scale_fmt = (self.source.config_json.get("quantization_config") or {}).get("scale_fmt")
+        scale_fmt = (self.source.text_json.get("quantization_config") or {}).get("scale_fmt")
         if self.source.dtype(name + SCALE_SUFFIX) != torch.float32 or scale_fmt == "ue8m0":
             raise CheckpointError(
                 f"{self.source.folder}: {name} has ue8m0 scales, and quantizing after a merge makes float32 ones; "

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.families import with_text_fields
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX
 
 from ..engine.source import SourceCheckpoint, TensorFolder
@@ -47,7 +48,7 @@ def untied(base: SourceCheckpoint) -> SourceCheckpoint:
     config.tie_word_embeddings = False
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | {
         "config": config,
-        "config_json": base.config_json | {"tie_word_embeddings": False},
+        "config_json": with_text_fields(base.config_json, {"tie_word_embeddings": False}),
         "file_of": base.file_of | {"lm_head.weight": base.file_of[name]},
         "entries": base.entries | {"lm_head.weight": base.entries[name]},
     }

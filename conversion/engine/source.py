@@ -23,6 +23,7 @@ from modeling_deepseek_moe.checkpoint_files import (
     read_json,
 )
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
+from modeling_deepseek_moe.families import TEXT_PREFIX, Wrapper, text_config_dict, wrapper_of
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
 CONFIG_NAME = "config.json"
@@ -100,6 +101,9 @@ class TensorFolder:
 class SourceCheckpoint(TensorFolder):
     """A sound checkpoint folder of the family.
 
+    Of a model of several parts (`Wrapper`) `entries` has the text part's tensors under the names that they have where
+    it is a model of its own, and those of the other parts under their own.
+
     Attributes:
         config: what `config_json` means; `num_nextn_predict_layers` is 0 if the tensors of the MTP modules are not
             there.
@@ -112,9 +116,31 @@ class SourceCheckpoint(TensorFolder):
     other_files: list[str]
 
     @property
+    def wrapper(self) -> Wrapper | None:
+        """What the text model is a part of; None if it is all there is."""
+        return wrapper_of(self.config_json)
+
+    @property
+    def text_json(self) -> dict[str, Any]:
+        """What `config_json` says of the text part."""
+        return text_config_dict(self.config_json)
+
+    @property
+    def text_names(self) -> list[str]:
+        """The names in `entries` of the text part's tensors."""
+        return [name for name in self.entries if not self.is_other_part(name)]
+
+    @property
     def lost_mtp_layers(self) -> bool:
         """Whether `config.json` announces MTP modules that are not there."""
-        return self.config.num_nextn_predict_layers == 0 and any(self.config_json.get(f) for f in _LAYER_FIELDS[1:])
+        return self.config.num_nextn_predict_layers == 0 and any(self.text_json.get(f) for f in _LAYER_FIELDS[1:])
+
+    def is_other_part(self, name: str) -> bool:
+        """Whether a tensor is of another part of the model than the text part, which is left as it is."""
+        return self.wrapper is not None and name.startswith(self.wrapper.other_parts)
+
+    def key(self, file: str, name: str) -> str:
+        return name.removeprefix(TEXT_PREFIX) if self.wrapper else name
 
 
 def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
@@ -134,8 +160,13 @@ def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
         config = DeepseekMoeConfig.from_dict(dict(config_json))
     except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
-    block = read_block(folder / CONFIG_NAME, config_json)
-    check_against_config(folder, config, file_of, entries, block)
+    if wrapper := wrapper_of(config_json):
+        file_of = {name.removeprefix(TEXT_PREFIX): file for name, file in file_of.items()}
+        entries = {name.removeprefix(TEXT_PREFIX): entry for name, entry in entries.items()}
+        check_dtypes(folder, file_of, {n: entry for n, entry in entries.items() if n.startswith(wrapper.other_parts)})
+    text = {name: entry for name, entry in entries.items() if not wrapper or not name.startswith(wrapper.other_parts)}
+    block = read_block(folder / CONFIG_NAME, text_config_dict(config_json))
+    check_against_config(folder, config, file_of, text, block)
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
     check_links(folder, others)
     return SourceCheckpoint(folder, config_json, file_of, entries, config, block, others)
@@ -157,10 +188,11 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config_json, dict):
         raise CheckpointError(f"{path} is not a JSON object")
-    for field in _LAYER_FIELDS:
-        layers = config_json.get(field)
-        if isinstance(layers, int | float) and layers > MAX_LAYERS:
-            raise CheckpointError(f"{path}: {field}={layers} is more than the {MAX_LAYERS} layers read here")
+    for part in (config_json, config_json.get("text_config")):
+        for field in _LAYER_FIELDS if isinstance(part, dict) else ():
+            layers = part.get(field)
+            if isinstance(layers, int | float) and layers > MAX_LAYERS:
+                raise CheckpointError(f"{path}: {field}={layers} is more than the {MAX_LAYERS} layers read here")
     return config_json
 
 
@@ -256,14 +288,21 @@ def check_against_config(folder: Path, config, file_of, entries, block) -> None:
         expected = {name: spec for name, spec in expected.items() if not is_mtp_tensor(name, config)}
         config.num_nextn_predict_layers = 0
     for name, shape in shapes.items():
-        problem, dtype = None, specs[name][0]
+        problem = None
         if name not in expected and not is_redundant(name):
             problem = f"belongs to no model of this {CONFIG_NAME}"
         elif name in expected and shape != expected[name][0]:
             problem = f"is {list(shape)} instead of {list(expected[name][0])}"
-        elif dtype not in _READ_DTYPES:
-            problem = f"is {dtype}, not one of {', '.join(_READ_DTYPES)}"
         if problem:
+            raise CheckpointError(f"{folder / file_of[name]}: tensor {name} {problem}")
+    check_dtypes(folder, file_of, {name: entries[name] for name in shapes})
+
+
+def check_dtypes(folder: Path, file_of, entries) -> None:
+    """Raises a CheckpointError for a tensor of a type that is not read."""
+    for name, entry in entries.items():
+        if entry.dtype not in _READ_DTYPES:
+            problem = f"is {entry.dtype}, not one of {', '.join(_READ_DTYPES)}"
             raise CheckpointError(f"{folder / file_of[name]}: tensor {name} {problem}")
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, INDEX_NAME, SINGLE_NAME, TensorEntry, read_entries
+from modeling_deepseek_moe.families import text_config_dict
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 from modeling_deepseek_moe.parts import expert_of, layer_of
 
@@ -106,6 +107,7 @@ def open_ranks(folder: str | os.PathLike, with_published_config: bool = True) ->
     except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
         path = folder / CONFIG_NAME if with_published_config else args_path
         raise CheckpointError(f"{path}: {error}") from error
+    config_json = text_config_dict(config_json)  # ranks hold no other part
     if with_published_config:
         check_agreement(args, config, args_path, CONFIG_NAME)
     check_against_config(folder, config, {name: pieces[name].files[0] for name in pieces}, whole, FP8_BLOCK)

@@ -3,6 +3,7 @@
 A format with names of its own makes its `Plan` from steps and operations in the same way; the worker knows no format.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 
 import torch
 
+from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_layout import is_fp8_weight, is_redundant
+from modeling_deepseek_moe.families import FAMILIES, TEXT_PREFIX, text_config_dict, with_text_fields, wrapper_of
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 
 from ..adapters.merging import AppliedAdapter
 from ..engine.operations import Cast, Copy, Dequantize, Quantize
-from ..engine.plan import Plan, Step, TensorSpec, shards_like_source
+from ..engine.plan import Plan, Shard, Step, TensorSpec, shards_like_source
 from ..engine.source import SourceCheckpoint, open_source
 from ..upcycle.split import UPCYCLE
 from .inference_config import INFERENCE
@@ -48,9 +51,13 @@ class Format:
 def _same_config(source: SourceCheckpoint) -> dict[str, Any]:
     config_json = dict(source.config_json)
     if source.lost_mtp_layers:
-        announced = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in config_json]
-        config_json |= dict.fromkeys(announced or ["num_nextn_predict_layers"], 0)
+        announced = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in source.text_json]
+        config_json = with_text_fields(config_json, dict.fromkeys(announced or ["num_nextn_predict_layers"], 0))
     return config_json
+
+
+def _text_config(source: SourceCheckpoint) -> dict[str, Any]:
+    return text_config_dict(_same_config(source))
 
 
 def _native(model_type: str) -> Format:
@@ -66,7 +73,7 @@ FORMATS = {
     "fp8": Format("FP8 blocks of 128x128, as DeepSeek-V3 is published", True, torch.bfloat16, _same_config, True),
     "plain": Format("weights as they are, FP8 ones as bfloat16", False, None, _same_config, keeps_code=True),
     **{model_type: _native(model_type) for model_type in NATIVE_MODELS},
-    INFERENCE: Format("DeepSeek's own model-parallel files and their ModelArgs", None, None, _same_config, True),
+    INFERENCE: Format("DeepSeek's own model-parallel files and their ModelArgs", None, None, _text_config, True),
 }
 
 
@@ -119,17 +126,24 @@ def plan_conversion(
     row = FORMATS[to]
     plain_dtype = DTYPES[dtype] if dtype else row.dtype
     fp8 = False if (dtype or adapter) and row.fp8 is None else row.fp8
+    _check_fp8(source, fp8)
     adapter = adapter or AppliedAdapter(source)
     source = adapter.source
+    keeps_parts = row.config_json is _same_config
 
     def step_of(name: str) -> Step | None:
+        if source.is_other_part(name):
+            return _copy(source, name) if keeps_parts else None
         return adapter.step(name, lambda name: _step(source, name, fp8, plain_dtype), plain_dtype)
 
     shards = shards_like_source(source, step_of)
+    notes = rope_notes(source.config) if to in NATIVE_MODELS else ()
+    if source.wrapper:
+        shards = tuple(_in_wrapper(shard, source) if keeps_parts else _alone(shard) for shard in shards)
+        notes += () if keeps_parts else (_left_out(source, to),)
     written = {spec.dtype for shard in shards for spec in shard.tensors()}
     config_json = _with_weights(row.config_json(source), source, torch.float8_e4m3fn in written, plain_dtype)
     others = tuple(name for name in source.other_files if row.keeps_code or not name.endswith(".py"))
-    notes = rope_notes(source.config) if to in NATIVE_MODELS else ()
     plan = Plan(source, to, shards, config_json, others, notes=notes, without_logits=adapter.without_logits)
     if to == INFERENCE:
         plan = cut(plan, mp or 1)
@@ -157,8 +171,43 @@ def _step(source: SourceCheckpoint, name: str, fp8: bool | None, dtype: torch.dt
         return Step(Quantize(source.block), (name,), (TensorSpec(name, torch.float8_e4m3fn, shape), scale))
     wanted = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     if is_scale or dtype is None or wanted == found or source.is_fp8(name) or _is_rotary_table(name):
-        return Step(Copy(), (name,), (TensorSpec(name, found, shape),))
+        return _copy(source, name)
     return Step(Cast(wanted), (name,), (TensorSpec(name, wanted, shape),))
+
+
+def _check_fp8(source: SourceCheckpoint, fp8: bool | None) -> None:
+    family = source.config.family
+    if fp8 and family is not None and not FAMILIES[family].has_fp8_blocks:
+        raise CheckpointError(
+            f"{source.folder}: a {family} is published in FP8 with one scale a matrix and with scales of activations, "
+            "which weights do not tell; 'fp8' makes blocks, so convert it to 'bf16'"
+        )
+
+
+def _copy(source: SourceCheckpoint, name: str) -> Step:
+    return Step(Copy(), (name,), (TensorSpec(name, source.dtype(name), source.entries[name].shape),))
+
+
+def _in_wrapper(shard: Shard, source: SourceCheckpoint) -> Shard:
+    """The file with the text part's tensors under the names that they have in the whole model."""
+
+    def renamed(spec: TensorSpec) -> TensorSpec:
+        is_other = source.is_other_part(spec.name)
+        return spec if is_other else dataclasses.replace(spec, name=TEXT_PREFIX + spec.name)
+
+    steps = (Step(step.operation, step.sources, tuple(map(renamed, step.outputs))) for step in shard.steps)
+    return dataclasses.replace(shard, steps=tuple(steps))
+
+
+def _alone(shard: Shard) -> Shard:
+    """The file as one of a text model, whose tensors have other names than in the source's file."""
+    return dataclasses.replace(shard, same_as=None)
+
+
+def _left_out(source: SourceCheckpoint, to: str) -> str:
+    count = len(source.entries) - len(source.text_names)
+    parts = ", ".join(f"{part}*" for part in source.wrapper.other_parts)
+    return f"left out: {count} tensors of {parts}, since {to} is a text model; 'bf16' and 'plain' keep them"
 
 
 def _is_rotary_table(name: str) -> bool:
@@ -169,18 +218,25 @@ def _with_weights(
     config_json: dict[str, Any], source: SourceCheckpoint, is_fp8: bool, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """`config_json` with what is true of the weights."""
-    config_json = dict(config_json)
-    config_json.pop("quantization_config", None)
-    before = source.config_json.get("dtype") or source.config_json.get("torch_dtype")
+    before = source.text_json.get("dtype") or source.text_json.get("torch_dtype")
     name = next((name for name, value in DTYPES.items() if value == dtype), before)
-    spellings = [spelling for spelling in ("dtype", "torch_dtype") if spelling in config_json]
-    if name is not None:
-        config_json |= dict.fromkeys(spellings or ["torch_dtype"], name)
+    config_json = _with_dtype(config_json, name)
+    wrapper = wrapper_of(config_json)
+    if wrapper:
+        config_json["text_config"] = _with_dtype(config_json["text_config"], name)
     if is_fp8:
-        config_json["quantization_config"] = source.config_json.get("quantization_config") or {
+        config_json["quantization_config"] = source.text_json.get("quantization_config") or {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": list(source.block),
+            **({"modules_to_not_convert": [part.strip(".") for part in wrapper.other_parts]} if wrapper else {}),
         }
     return config_json
+
+
+def _with_dtype(config_json: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """`config_json` without a quantization, and with this type of the weights."""
+    config_json = {key: value for key, value in config_json.items() if key != "quantization_config"}
+    spellings = [spelling for spelling in ("dtype", "torch_dtype") if spelling in config_json]
+    return config_json if name is None else config_json | dict.fromkeys(spellings or ["torch_dtype"], name)

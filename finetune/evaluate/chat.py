@@ -43,6 +43,7 @@ def chat(
     greedy: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> None:
     """Talk with a model until Ctrl-D, `/exit` or the end of the pipe.
 
@@ -56,12 +57,13 @@ def chat(
         greedy: take the likeliest token instead.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
+        text_only: of a model of several parts load the text part alone.
 
     Raises:
         UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
     """
     sampling = _sampling(max_new_tokens, temperature, top_p, greedy)
-    network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code)
+    network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
     if not greedy:
         own = network.generation_config
         sampling["temperature"] = temperature or own.temperature or _TEMPERATURE

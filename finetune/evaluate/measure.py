@@ -51,6 +51,7 @@ class _Request(NamedTuple):
     max_new_tokens: int | None
     chat_template: bool
     trust_remote_code: bool
+    text_only: bool
 
 
 class _Measured(NamedTuple):
@@ -77,6 +78,7 @@ def evaluate_model(
     output: str | os.PathLike[str] = "evaluation",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> dict[str, Any]:
     """Measure a model, and what it came from, and print both.
 
@@ -97,6 +99,7 @@ def evaluate_model(
         output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call and no others.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
+        text_only: of a model of several parts load the text part alone.
 
     Returns:
         What `evaluation.json` holds, see the module's docstring.
@@ -128,6 +131,7 @@ def evaluate_model(
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
             trust_remote_code=trust_remote_code,
+            text_only=text_only,
         )
         one, other = _measure_both(model, adapter, before, dtype, tokenizer, request)
         base = before if before is not None else model if adapter is not None else None
@@ -184,7 +188,7 @@ def _measure_both(
     """Before, None if there is but one model, and after; never are two models in memory."""
     one = None
     if before is not None:
-        network, its_tokenizer = load_for_use(before, dtype, trust_remote_code=request.trust_remote_code)
+        network, its_tokenizer = load_for_use(before, dtype, None, request.trust_remote_code, request.text_only)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
@@ -193,7 +197,7 @@ def _measure_both(
         one = _measure(network, tokenizer, request, "before: ")
         del network
         gc.collect()
-    network, _ = load_for_use(model, dtype, trust_remote_code=request.trust_remote_code)
+    network, _ = load_for_use(model, dtype, None, request.trust_remote_code, request.text_only)
     if adapter is not None:
         if before is None:
             one = _measure(network, tokenizer, request, "before: ")

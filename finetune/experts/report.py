@@ -69,6 +69,7 @@ def report_experts(
     batch_size: int = 8,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> dict[str, Any]:
     """Run data through a model, print which experts serve it, and draw that.
 
@@ -84,6 +85,7 @@ def report_experts(
         batch_size: rows in one forward pass.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
+        text_only: of a model of several parts load the text part alone.
 
     Returns:
         What `experts.json` holds, see the module's docstring.
@@ -103,7 +105,7 @@ def report_experts(
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
     recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
     with _replaced(folder, (PICTURE, TABLE)) as scratch:
-        network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code)
+        network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
         moe_layers(network)
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)

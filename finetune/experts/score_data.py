@@ -42,6 +42,7 @@ def score_data(
     batch_size: int = 8,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> Scores:
     """Run a sample of the data through the model, and write the score of every expert.
 
@@ -55,6 +56,7 @@ def score_data(
         batch_size: rows in one forward pass.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
+        text_only: of a model of several parts load the text part alone.
 
     Returns:
         What the file holds, see `scores.py`.
@@ -70,7 +72,7 @@ def score_data(
     if max_length < 2:
         raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
-        network, tokenizer = load_for_use(model, dtype, trust_remote_code=trust_remote_code)
+        network, tokenizer = load_for_use(model, dtype, None, trust_remote_code, text_only)
         moe_layers(network)
         with tempfile.TemporaryDirectory(prefix=".scores-", dir=output.parent, ignore_cleanup_errors=True) as cache:
             rows = load_data(os.fspath(data), split, tokenizer, max_length, cache)

@@ -29,6 +29,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
+            text_only=recipe.text_only,
             **{key: value for key, value in choices.items() if value},
             **quantization_options(recipe),
             **recipe.losses,

@@ -22,6 +22,7 @@ def load_for_use(
     dtype: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
@@ -30,6 +31,7 @@ def load_for_use(
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         adapter: folder or Hub name of an adapter to put on it.
         trust_remote_code: run the tokenizer's code where it is code.
+        text_only: of a model of several parts load the text part alone.
 
     Raises:
         UserError: the model or the adapter cannot be loaded, or they do not belong together.
@@ -37,7 +39,7 @@ def load_for_use(
     folder = Path(model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
-    keys = {"model": os.fspath(model), "dtype": dtype, "trust_remote_code": trust_remote_code}
+    keys = {"model": os.fspath(model), "dtype": dtype, "text_only": text_only, "trust_remote_code": trust_remote_code}
     network, tokenizer = load(make_recipe({**keys, "data": "", "output_dir": ""}))
     if adapter is not None:
         network = put_adapter(network, adapter)

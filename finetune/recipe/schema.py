@@ -23,6 +23,7 @@ class Recipe:
         packing: put several training rows into one sequence of `max_length` tokens, none of which sees another.
         streaming: read the rows while training instead of before; needs `eval_data` and `training.max_steps`.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
+        text_only: of a model of several parts (Kimi-K2.5 also sees) take the text part alone; else it is refused.
         trust_remote_code: run the code of a tokenizer that is code; that of a model is never run.
         quantization: keep the frozen weights in four bits: nf4; None for not.
         attn_implementation, experts_implementation: kernels by their transformers names; None for the model's default.
@@ -56,6 +57,7 @@ class Recipe:
     bad_rows: Literal["stop", "skip"] = "stop"
     packing: bool = False
     streaming: bool = False
+    text_only: bool = False
     trust_remote_code: bool = False
     dtype: str = "auto"
     quantization: Literal["nf4"] | None = None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .use import TrustRemoteCode
+from .use import TextOnly, TrustRemoteCode
 
 
 def score(
@@ -18,6 +18,7 @@ def score(
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     split: Annotated[str, typer.Option(help="Which split of a Hub data set.")] = "train",
     trust_remote_code: TrustRemoteCode = False,
+    text_only: TextOnly = False,
 ) -> None:
     """Run a sample of data through a model and score every expert: how many tokens it serves, with what weight."""
     from modeling_deepseek_moe.finetune.experts.score_data import score_data
@@ -32,6 +33,7 @@ def score(
         batch_size=batch_size,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        text_only=text_only,
     )
 
 

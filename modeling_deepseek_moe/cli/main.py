@@ -15,7 +15,7 @@ from rich.text import Text
 from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
-from .use import TrustRemoteCode, chat, evaluate
+from .use import TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -111,6 +111,7 @@ def experts(
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub name of a LoRA adapter for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    text_only: TextOnly = False,
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -127,6 +128,7 @@ def experts(
         batch_size=batch_size,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        text_only=text_only,
     )
 
 

@@ -12,6 +12,10 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, where it is code.")
 ]
 
+TextOnly = Annotated[
+    bool, typer.Option("--text-only", help="Of a model of several parts, such as Kimi-K2.5, take the text part alone.")
+]
+
 
 def evaluate(
     model: _Model,
@@ -43,6 +47,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder for evaluation.json and answers.jsonl.")] = Path("evaluation"),
     dtype: _Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    text_only: TextOnly = False,
 ) -> None:
     """Measure a model on benchmarks, a text or rows with answers; before and after in one table."""
     from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
@@ -65,6 +70,7 @@ def evaluate(
         output=output,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        text_only=text_only,
     )
 
 
@@ -83,6 +89,7 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
     dtype: _Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    text_only: TextOnly = False,
 ) -> None:
     """Talk with a model; /help in it shows what else it can do. Lines of a pipe are messages."""
     from modeling_deepseek_moe.finetune.evaluate.chat import chat as talk
@@ -98,4 +105,5 @@ def chat(
         greedy=greedy,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        text_only=text_only,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from measure import Case, agreement, alternate, compare
-from transformers import Cache, DynamicCache
+from transformers import Cache, DeepseekV2ForCausalLM, DynamicCache
 from workbench import LOGIT_BOUND, Side, Workbench
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
@@ -116,9 +116,11 @@ def filled_cache(side: Side, context: int, layers: int | None = None) -> Cache:
         if is_ours:
             cached = torch.cat((latent, k_rope), dim=-1)
             cache.update(cached, cached[..., :0], layer)
-        else:
-            # Pairs that are rotated together are halves of our keys and neighbours in theirs.
-            cache.update(latent, torch.stack(k_rope.chunk(2, dim=-1), dim=-1).flatten(-2), layer)
+            continue
+        if isinstance(side.model, DeepseekV2ForCausalLM):
+            # Pairs that are rotated together are halves of our keys and neighbours in those of this class.
+            k_rope = torch.stack(k_rope.chunk(2, dim=-1), dim=-1).flatten(-2)
+        cache.update(latent, k_rope, layer)
     return cache
 
 

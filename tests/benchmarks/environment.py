@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workbench import Settings
+from workbench import SIZES, Settings
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "layers": settings.layers,
         "repeats": settings.repeats,
         "routing": settings.routing.name if settings.routing else "uniform",
-        "roofs": roofs(2048 if settings.size != "tiny" else 256),
+        "roofs": roofs(256 if SIZES[settings.size].is_tiny else 2048),
     }
 
 

@@ -24,7 +24,7 @@ from gpu_counts import (
     torch_latent_attention,
 )
 from routing import ZipfRouting
-from workbench import SIZES as TINY_FIELDS
+from workbench import SIZES as MODEL_SIZES
 
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.presets import released_json
@@ -80,7 +80,7 @@ TINY = Sizes(
     step_tokens=12,
     model={
         **released_json("deepseek-v2-lite"),
-        **TINY_FIELDS["tiny"],
+        **MODEL_SIZES["tiny"].overrides,
         "num_hidden_layers": 2,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,

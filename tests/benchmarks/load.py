@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from measure import Case, DisagreementError, alternate, compare
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from workbench import Workbench
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
@@ -22,14 +21,14 @@ def rows(bench: Workbench) -> list[dict[str, Any]]:
     ours, _ = bench.pair()
     with tempfile.TemporaryDirectory() as folder:
         ours.model.save_pretrained(folder)
-        DeepseekV2Config.from_dict({**bench.fields, "architectures": ["DeepseekV2ForCausalLM"]}).save_pretrained(
-            folder
-        )
+        native = bench.size.model_class
+        config = bench.size.config_class.from_dict({**bench.fields, "architectures": [native.__name__]})
+        config.save_pretrained(folder)
         size = sum(parameter.numel() * parameter.itemsize for parameter in ours.model.parameters())
-        _check(folder, ours.model)
+        _check(folder, ours.model, native)
         sides = {
             name: lambda seed, model_class=model_class: lambda: model_class.from_pretrained(folder, dtype="auto")
-            for name, model_class in (("ours", DeepseekMoeForCausalLM), ("theirs", DeepseekV2ForCausalLM))
+            for name, model_class in (("ours", DeepseekMoeForCausalLM), ("theirs", native))
         }
         seconds = alternate(sides, bench.settings.repeats)
     return [
@@ -43,9 +42,9 @@ def rows(bench: Workbench) -> list[dict[str, Any]]:
     ]
 
 
-def _check(folder: str, source: torch.nn.Module) -> None:
+def _check(folder: str, source: torch.nn.Module, native: type) -> None:
     """Both read what was written, bit for bit."""
-    for model_class in (DeepseekMoeForCausalLM, DeepseekV2ForCausalLM):
+    for model_class in (DeepseekMoeForCausalLM, native):
         loaded = dict(model_class.from_pretrained(folder, dtype="auto").named_parameters())
         for name, parameter in source.named_parameters():
             if not torch.equal(loaded[name], parameter):

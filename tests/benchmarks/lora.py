@@ -91,9 +91,9 @@ def pefts_config(config: LoraConfig) -> LoraConfig:
 
 @contextmanager
 def _targets_as_named(model) -> Iterator[None]:
-    """PEFT rewrites targets of type `deepseek_v2`: shared experts would become routed ones (peft issue 3711)."""
+    """PEFT rewrites targets of types that it knows: shared experts would become routed ones (peft issue 3711)."""
     model_type = model.config.model_type
-    if model_type == "deepseek_v2":
+    if model_type != "deepseek_moe":
         model.config.model_type = "custom"
     try:
         yield

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from lora import ALL_EXPERTS, MEMORY_GOAL, Adapted, our_config, pefts_config
 from measure import compare, peak_bytes, reset_peak, resident_bytes
-from workbench import Settings, Workbench
+from workbench import SIZES, Settings, Workbench
 
 # In the new process everything that a model needs is loaded already; it has not computed anything yet.
-_PRELOADED = ["torch", "peft", "modeling_deepseek_moe", "transformers.models.deepseek_v2.modeling_deepseek_v2"]
+_PRELOADED = ["torch", "peft", "modeling_deepseek_moe"]
 
 
 def memory_rows(bench: Workbench) -> list[dict[str, Any]]:
     """Two steps' peak above the base model's memory: activations, and parameters, gradients, state of the adapters."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload([*_PRELOADED, bench.size.model_class.__module__])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         found = {
             name: pool.submit(peak_of_step, name, bench.settings).result() for name in ("ours", "theirs", "attention")
@@ -50,8 +50,9 @@ def peak_of_step(name: str, settings: Settings) -> dict[str, int]:
     """
     torch.set_num_threads(settings.threads)
     # The code that a first step loads takes memory too, but that is not the model's.
-    if settings.size != "tiny":
-        _peak(name, Workbench(replace(settings, size="tiny")))
+    size = SIZES[settings.size]
+    if not size.is_tiny:
+        _peak(name, Workbench(replace(settings, size=size.tiny)))
     return _peak(name, Workbench(settings))
 
 

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Of DeepSeek-V2-Lite; the tiny size has as many, so that it takes the same files.
+# Of DeepSeek-V2-Lite; the tiny size has as many, so that it takes the same files. GLM-4.7-Flash has as many experts,
+# of which a token takes 4.
 NUM_EXPERTS, TOP_K = 64, 6
 ZIPF_EXPONENT = 0.5
 

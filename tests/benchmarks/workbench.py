@@ -8,8 +8,17 @@ from pathlib import Path
 import torch
 from measure import agreement
 from routing import NUM_EXPERTS, TOP_K, Routing, read_routing
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteTopkRouter
 
 from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.presets import released_json
@@ -32,7 +41,48 @@ _TINY = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-SIZES = {"v2-lite": {}, "tiny": _TINY}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model whose sizes are measured, and transformers' class of it.
+
+    Attributes:
+        preset: the released model.
+        config_class, model_class: transformers' own.
+        overrides: fields that make it tiny.
+        top_k: experts of a token.
+        tiny: the tiny size of the same model.
+        has_goals: whether the goals of the rows are this model's.
+    """
+
+    preset: str
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    overrides: dict
+    top_k: int
+    tiny: str
+    has_goals: bool
+
+    @property
+    def is_tiny(self) -> bool:
+        return bool(self.overrides)
+
+
+def _sizes() -> dict[str, Size]:
+    v2 = ("deepseek-v2-lite", DeepseekV2Config, DeepseekV2ForCausalLM)
+    glm = ("glm-4.7-flash", Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM)
+    tiny_glm = {**_TINY, "num_key_value_heads": 2, "q_lora_rank": 32}
+    return {
+        "v2-lite": Size(*v2, {}, TOP_K, "tiny", has_goals=True),
+        "tiny": Size(*v2, _TINY, TOP_K, "tiny", has_goals=True),
+        "glm-4.7-flash": Size(*glm, {}, 4, "tiny-glm", has_goals=False),
+        "tiny-glm": Size(*glm, tiny_glm, 4, "tiny-glm", has_goals=False),
+    }
+
+
+SIZES = _sizes()
+_ROUTERS = (DeepseekMoeRouter, DeepseekV2TopkRouter, Glm4MoeLiteTopkRouter)
 
 
 @dataclass(frozen=True)
@@ -49,18 +99,19 @@ class Settings:
     def read_routing(self) -> Routing:
         """Raises `RoutingFileError`."""
         tokens = None if self.routing is None else read_routing(self.routing)
-        return Routing(NUM_EXPERTS, TOP_K, tokens)
+        return Routing(NUM_EXPERTS, SIZES[self.size].top_k, tokens)
 
 
 class Side:
     """One model, whose routers choose what they are told.
 
-    Routers compute their logits as ever; the weights of a token are its scores at the chosen experts.
+    Routers compute their logits as ever; the weights of a token are its scores at the chosen experts, of a router with
+    a selection bias normalised and scaled as it does.
     """
 
     def __init__(self, model: PreTrainedModel, routing: Routing):
         self.model, self.routing, self._choices = model, routing, {}
-        self.routers = [m for m in model.modules() if isinstance(m, (DeepseekMoeRouter, DeepseekV2TopkRouter))]
+        self.routers = [m for m in model.modules() if isinstance(m, _ROUTERS)]
         for router in self.routers:
             router.register_forward_hook(self._choose)
 
@@ -79,31 +130,36 @@ class Side:
     @property
     def moe(self) -> torch.nn.Module:
         """The first DeepSeekMoE block."""
-        return self.model.model.layers[self.model.config.first_k_dense_replace].mlp
+        return next(layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "experts"))
 
     def _choose(self, router, args, output):
         logits, _, _ = output
         choice = self._choices[router]
-        return logits, logits.softmax(dim=-1).gather(1, choice), choice
+        if getattr(router, "e_score_correction_bias", None) is None:
+            return logits, logits.softmax(dim=-1).gather(1, choice), choice
+        weights = logits.sigmoid().gather(1, choice)
+        scale = self.model.config.routed_scaling_factor
+        return logits, weights / weights.sum(dim=-1, keepdim=True) * scale, choice
 
 
 class Workbench:
     """Builds both sides once for a dtype and keeps them until released."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
+        self.settings, self.size = settings, SIZES[settings.size]
         self.routing = settings.read_routing()
         self.fields = {
-            **released_json("deepseek-v2-lite"),
-            **SIZES[settings.size],
+            **released_json(self.size.preset),
+            **self.size.overrides,
             "num_hidden_layers": settings.layers,
+            "num_nextn_predict_layers": 0,
             "aux_loss_alpha": 0.0,  # transformers' class has no balance loss
         }
         self._pairs: dict[torch.dtype, tuple[Side, Side]] = {}
 
     def tokens(self, count: int) -> int:
         """`count` at full size, fewer when tiny."""
-        return count if self.settings.size != "tiny" else max(1, count // 16)
+        return count if not self.size.is_tiny else max(1, count // 16)
 
     def ids(self, tokens: int, seed: int) -> torch.Tensor:
         """`[1, tokens]` random token ids."""
@@ -143,7 +199,7 @@ class Workbench:
 
     def theirs_on(self, source: PreTrainedModel, experts: str = "grouped_mm") -> Side:
         """transformers' model with its best settings on the tensors of `source`."""
-        model = _on(DeepseekV2ForCausalLM, DeepseekV2Config.from_dict(self.fields), source)
+        model = _on(self.size.model_class, self.size.config_class.from_dict(self.fields), source)
         model.set_attn_implementation("sdpa")
         model.set_experts_implementation(experts)
         return Side(model, self.routing)

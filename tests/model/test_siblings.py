@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from places import SIBLINGS
 from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM, attention
+from modeling_deepseek_moe.finetune.model.lora import lora_config
+from modeling_deepseek_moe.parts import WORDS, part_of
 
 FOLDERS = sorted(path.name for path in SIBLINGS.iterdir() if path.is_dir())
 # Another order of float32 sums; logits reach 4.
@@ -64,6 +67,35 @@ def test_logits_and_hidden_states_are_those_of_the_familys_own_class(sibling, im
     close(outputs.logits, expected["logits"])
     for index, states in enumerate(outputs.hidden_states):
         close(states, expected[f"hidden_states.{index}"])
+
+
+@pytest.mark.parametrize("name", ["auto", "flex_attention"])
+@torch.no_grad()
+def test_other_attention_names_compute_the_same_or_are_refused_where_an_indexer_chooses(sibling, name):
+    folder, expected = sibling
+    model = DeepseekMoeForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    if name == "flex_attention" and model.config.index_topk is not None:
+        with pytest.raises(ValueError, match="cannot leave out the tokens that the indexer did not choose"):
+            model.set_attn_implementation(name)
+            model(expected["input_ids"])
+        return
+    model.set_attn_implementation(name)
+    close(model(expected["input_ids"]).logits, expected["logits"])
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_of_lora_names_its_part_of_a_family_or_says_that_there_is_none(sibling, word):
+    folder, _ = sibling
+    with torch.device("meta"):
+        model = DeepseekMoeForCausalLM(DeepseekMoeForCausalLM.config_class.from_pretrained(folder))
+    if word == "dense_mlp" and not any(".mlp.gate_proj" in name for name, _ in model.named_modules()):
+        with pytest.raises(ValueError, match="'dense_mlp' matches nothing in this model"):
+            lora_config(model, targets=[word])
+        return
+    adapted = get_peft_model(model, lora_config(model, targets=[word], r=2))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained and {part_of(name) for name in trained} == {word}
+    assert not any(".indexer." in name for name in trained)
 
 
 @pytest.mark.parametrize(

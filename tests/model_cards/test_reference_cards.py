@@ -10,7 +10,6 @@ from tiny import tiny_config, tiny_model
 
 from modeling_deepseek_moe import DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_layout import is_mtp_tensor
-from modeling_deepseek_moe.families import FAMILIES
 from modeling_deepseek_moe.model_cards import reference
 from modeling_deepseek_moe.model_cards.metadata import problems
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS
@@ -24,6 +23,13 @@ NAME_IN_FACTS = {
     "deepseek-v3": "V3 (bias included)",
     "moonlight-16b-a3b": "Moonlight (bias included)",
     "kimi-k2": "Kimi-K2 (bias included)",
+    "kimi-k2.5": "Kimi-K2 (bias included)",
+    "glm-4.7-flash": "GLM-4.7-Flash",
+    "glm-4.5-air": "GLM-4.5-Air",
+    "glm-4.5": "GLM-4.5",
+    "sarvam-105b": "Sarvam 105B",
+    "mistral-small-4": "Mistral Small 4 (text)",
+    "deepseek-v3.2": "DeepSeek-V3.2",
 }
 
 
@@ -74,7 +80,7 @@ def test_bytes_and_active_parameters_are_those_of_a_model_in_memory(lineage):
     assert sizes.bytes["NF4"] < sizes.bytes["FP8 blocks"] < sizes.bytes["bfloat16"]
 
 
-def test_every_preset_of_deepseeks_own_types_and_its_siblings_are_on_a_card_of_their_own_shape():
+def test_every_preset_and_its_siblings_are_on_a_card_of_their_own_shape():
     cards = reference.released()
     covered = set(cards)
     for name, card in cards.items():
@@ -82,8 +88,15 @@ def test_every_preset_of_deepseeks_own_types_and_its_siblings_are_on_a_card_of_t
             sibling = repository.rpartition("/")[2].lower()
             assert PRESET_OF_SIBLING.get(sibling, sibling) == PRESET_OF_SIBLING.get(name, name)
             covered.add(sibling)
-    own = {name for name, fields in PRESETS.items() if not FAMILIES[fields["model_type"]].keeps_type}
-    assert covered == own | {sibling for sibling, preset in PRESET_OF_SIBLING.items() if preset in own}
+    assert covered == PRESETS.keys() | PRESET_OF_SIBLING.keys()
+
+
+def test_a_text_part_is_loaded_as_one_and_fp8_blocks_are_counted_where_there_are_any(cards):
+    wrapped = {name for name, card in reference.released().items() if "text_part_of" in card}
+    assert wrapped == {"kimi-k2.5", "mistral-small-4"}
+    for name, text in cards.items():
+        assert ("text_only=True" in text) == ("text_only=true" in text) == (name in wrapped)
+        assert ("| FP8 blocks |" in text) == (name != "mistral-small-4")
 
 
 def test_every_number_of_a_figure_stands_in_the_section_of_facts_that_it_names():
