@@ -33,23 +33,6 @@ GRADIENT_BOUND = 0.4
 Tensors = dict[str, torch.Tensor]
 
 
-class FullCacheLayer(DynamicLayer):
-    """A cache with room for one token more, which each step writes over: steps repeat at one and the same length."""
-
-    def __init__(self, layer: DynamicLayer):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys.contiguous(), layer.values.contiguous()
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        self.keys[..., -1:, :] = key_states
-        self.values[..., -1:, :] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self, *args) -> int:
-        return self.keys.shape[-2] - 1
-
-
 @torch.inference_mode()
 def decode_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
     """A step of each side with its best settings in a CUDA graph; without one where it cannot be captured."""
@@ -95,7 +78,8 @@ def decode_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
 
 def _decoding(bench: GpuBench, side: Side, context: int, experts: str | None = None) -> Callable[[], torch.Tensor]:
     cache: Cache = filled_cache(side, context)
-    cache.layers = [_full(layer, bench.device) for layer in cache.layers]
+    for layer in cache.layers:
+        _keep_full(layer, bench.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(side.model.config.vocab_size, (1, 1), generator=generator).to(bench.device)
     positions = torch.tensor([[context - 1]], device=bench.device)
@@ -110,9 +94,20 @@ def _decoding(bench: GpuBench, side: Side, context: int, experts: str | None = N
     return step
 
 
-def _full(layer: DynamicLayer, device: torch.device) -> FullCacheLayer:
-    layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
-    return FullCacheLayer(layer)
+def _keep_full(layer: DynamicLayer, device: torch.device) -> None:
+    """Gives a cache's layer room for one token, which each step writes over: steps repeat at one and the same length.
+
+    The layer stays of its class, by which latent attention knows what to put where.
+    """
+    layer.keys, layer.values = layer.keys.to(device).contiguous(), layer.values.to(device).contiguous()
+
+    def update(key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        layer.keys[..., -1:, :] = key_states
+        layer.values[..., -1:, :] = value_states
+        return layer.keys, layer.values
+
+    layer.update = update
+    layer.get_seq_length = lambda *args: layer.keys.shape[-2] - 1
 
 
 def step_row(bench: GpuBench, row: Row) -> list[dict[str, Any]]:
