@@ -88,7 +88,8 @@ def test_it_is_refused_by_one_line(kind, places, counts, tmp_path):
     check(kind, tried, counts)
 
 
-def test_the_local_hub_answers_what_is_wrong_and_goes_on(tmp_path, api, hub, counts):
+def test_the_local_hub_answers_what_is_wrong_and_goes_on(tmp_path, api, hub, counts, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (tmp_path / "notes.txt").write_text("nested")
     api.create_repo("me/model")
     api.upload_file(path_or_fileobj=tmp_path / "notes.txt", path_in_repo="sub/notes.txt", repo_id="me/model")

@@ -147,7 +147,6 @@ _FITS = {
     ("lora.trainable_token_indices", "[]"),
     ("lora.alora_invocation_tokens", "[]"),
     ("dpo.loss_weights", "[]"),
-    ("dpo.pad_to_multiple_of", "word"),
 }
 
 
