@@ -4,6 +4,7 @@ A release may move any of these without notice. `BORROWED` is checked name by na
 and under `finetune/` private names are used in this module alone. `modeling_deepseek_moe/_compat.py` is the other one.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ BORROWED = (
     Borrowed("transformers.trainer_utils", "get_last_checkpoint", "where the demo's base goes on"),
     Borrowed("transformers.trainer_utils", "rotate_checkpoints", "deletes the oldest ones", ("use_mtime",)),
     Borrowed("transformers.integrations", "get_reporting_integration_callbacks", "numbers of every layer go there"),
+    Borrowed("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK", "who can be told of a run"),
+    Borrowed("transformers.integrations", "get_available_reporting_integrations", "and is installed"),
+    Borrowed("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING", "which methods there are"),
     Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
@@ -137,6 +141,24 @@ def checkpointing_argument() -> str:
 
     renamed = "activation_checkpointing"
     return renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"
+
+
+def quantization_methods() -> set[str]:
+    """What `quant_method` of a checkpoint may be."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return set(AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
+def reporters() -> tuple[set[str], set[str]]:
+    """Names of the programs that a Trainer can tell of a run, and those of them that are installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    installed = set(get_available_reporting_integrations())
+    if importlib.util.find_spec("flytekit"):  # the one that transformers leaves out of them
+        installed.add("flyte")
+    return set(INTEGRATION_TO_CALLBACK), installed
 
 
 def ignore_on_save(model: nn.Module, names: Iterable[str]) -> None:

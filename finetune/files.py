@@ -1,25 +1,35 @@
 """Files that are there whole or not at all, whenever a run is killed."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from modeling_deepseek_moe.errors import UserError
 
 UNFINISHED = ".aside"  # how the name of what is still being written ends
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
+_TEXTS = (os.strerror(errno.ENOSPC), "Not enough disk space")  # the second one is of the library datasets
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, also after a power failure."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -27,7 +37,12 @@ def replaced(path: Path) -> Iterator[Path]:
     """A new path to write to, a file or a folder, which takes the place of `path` when the block succeeds."""
     unfinished = path.with_name(path.name + UNFINISHED)
     remove([unfinished])
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove([unfinished])
+        raise
     if path.is_dir():
         remove([path])
     os.replace(unfinished, path)
@@ -57,6 +72,49 @@ def check_replaceable(files: Iterable[Path], is_ours: Callable[[], bool]) -> Non
         raise UserError(
             f"{there[0]} is there already and is no result of this command, so it is not replaced: name another output"
         )
+
+
+def says_full(error: BaseException) -> bool | None:
+    """Whether an error came of a full disk; None if neither it nor one of its causes says."""
+    cause, seen = error, set()
+    while cause is not None and id(cause) not in seen:  # where one is raised again by hand, they can go in circles
+        seen.add(id(cause))
+        if number := getattr(cause, "errno", None):
+            return number in _FULL
+        if any(text in str(cause) for text in _TEXTS):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextlib.contextmanager
+def nothing_lost_if_full(output: Path) -> Iterator[None]:
+    """Errors because the disk is full as one line, around a command that writes its results last and all at once.
+
+    Args:
+        output: the file or folder of the results.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:  # of whatever library was writing; all others go on as they are
+        if not says_full(error):
+            raise
+        raise UserError(
+            f"the disk of {output} is full: free some room; nothing there has changed, and the same command can be "
+            "repeated"
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file, or something else in it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def file_digest(path: Path) -> str:

@@ -97,7 +97,7 @@ def licence_of(card: str) -> dict[str, str]:
     """What the text of a base's card says about its licence; empty if it says nothing."""
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError, RecursionError):
         return {}
     return {name: value for name in _LICENCE_FIELDS if isinstance(value := data.get(name), str)}
 

@@ -35,6 +35,8 @@ _NOT_NEGATIVE = (
     "rms_norm_eps",
     "latent_norm_eps",
 )
+# Far more than any model has; the code that counts them one by one would not come to an end.
+_AT_MOST = {"num_hidden_layers": 1024, "num_nextn_predict_layers": 1024, "n_routed_experts": 16_384}
 _MOE_AT_LEAST_ONE = ("n_routed_experts", "moe_intermediate_size", "moe_layer_freq")
 _INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 _MLA_POSITIVE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -54,6 +56,9 @@ class ConfigChecks:
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(map(repr, ACT2FN))}")
         self._check_at_least_one(_AT_LEAST_ONE)
+        for field, most in _AT_MOST.items():
+            if (getattr(self, field) or 0) > most:
+                raise ValueError(f"{field}={getattr(self, field)} is more than the {most} read here")
         for field in _NOT_NEGATIVE:
             value = getattr(self, field)
             if value is not None and not 0 <= value < math.inf:

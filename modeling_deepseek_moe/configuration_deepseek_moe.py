@@ -10,7 +10,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .config_checks import ConfigChecks
-from .families import NamesNoCodeMixin, canonical_config_dict, family_config_dict, without_derived_head_dim
+from .families import (
+    NamesNoCodeMixin,
+    canonical_config_dict,
+    family_config_dict,
+    without_derived_head_dim,
+    without_hub_kernels,
+)
 from .presets import PRESET_OF_SIBLING, PRESETS, released_json
 from .rope_spelling import OLDER_FIELDS, check_fit, join_rope_spellings, with_overrides
 from .transformers_names import CACHE_NAMES
@@ -198,6 +204,7 @@ class DeepseekMoeConfig(ConfigChecks, NamesNoCodeMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
+        config_dict = without_hub_kernels(config_dict)
         # Overrides are read like the json itself: checked, and what is derived from them follows.
         names = {"rope_scaling", "rope_theta", *DeepseekMoeConfig.__annotations__} & kwargs.keys()
         overrides = {name: kwargs.pop(name) for name in names}

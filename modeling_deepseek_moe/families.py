@@ -9,8 +9,12 @@ classes for the siblings.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from transformers.utils import logging
+
 from .family_defaults import DEEPSEEK_V32, DOTS1, GLM4_MOE, GLM4_MOE_LITE, MISTRAL4, SARVAM_MLA, V1, V2, V3
 from .rope_spelling import join_rope_spellings
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,15 @@ FAMILIES = {
     ),
 }
 
+_KERNEL_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+
 
 @dataclass(frozen=True)
 class Wrapper:
@@ -101,6 +114,20 @@ SEMANTICS = (
     "scoring_func",
     "topk_method",
 )
+
+
+def without_hub_kernels(config_dict: dict) -> dict:
+    """The same configuration, without kernels that would be fetched from the Hub: only a caller names these."""
+    if not isinstance(config_dict, dict):
+        return config_dict
+    asked = {name for name in _KERNEL_KEYS if "/" in str(config_dict.get(name))}
+    for name in sorted(asked):
+        logger.warning_once(
+            f"{name}={config_dict[name]!r} of config.json is code on the Hub, which is not run unasked: pass it "
+            "yourself if you trust it"
+        )
+    rest = {name: value for name, value in config_dict.items() if name not in asked}
+    return rest | ({"text_config": without_hub_kernels(rest["text_config"])} if "text_config" in rest else {})
 
 
 def wrapper_of(config_dict: dict) -> Wrapper | None:

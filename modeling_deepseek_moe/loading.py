@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .checkpoint_files import CheckpointError, check_folder, check_fp8_scales, check_tensors, read_entries
 from .checkpoint_layout import EXPERT_STACKING, MTP_COPIES, REDUNDANT_TENSORS, is_mtp_tensor, stacks_experts
 from .families import OTHER_PARTS, TEXT_PREFIX
+from .finite import all_finite
 from .fp8_blocks import FP8_BLOCK, SCALE_SUFFIX, dequantize_blocks
 from .quantized_layers import keep_bitsandbytes_layout, make_config_true
 
@@ -154,6 +155,8 @@ def check_and_fit(model, state_dict, checkpoint_files, load_config) -> None:
     else:
         for file in checkpoint_files:
             entries = read_entries(file) if str(file).endswith(".safetensors") else {}
+            if twice := next((name for name in entries if name in file_of), None):
+                raise CheckpointError(f"{file}: tensor {twice} is in {os.path.basename(file_of[twice])} as well")
             specs |= {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
             file_of |= dict.fromkeys(entries, file)
     if not specs:
@@ -284,7 +287,7 @@ def drop_local_code(config) -> None:
 def check_biases(model, source) -> None:
     """Raises for a routing bias that is not finite: it would send every token to the same experts."""
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias") and not buffer.is_meta and not torch.isfinite(buffer).all():
+        if name.endswith("e_score_correction_bias") and not all_finite(buffer):
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
 
 

@@ -14,9 +14,10 @@ from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 from modeling_deepseek_moe.parts import expert_of, layer_of, part_of
 
+from ..engine.beside import check_links, read_config
 from ..engine.operations import Copy
 from ..engine.plan import Plan, Shard, Step, TensorSpec
-from ..engine.source import TORCH_DTYPES, SourceCheckpoint, TensorFolder, check_links, read_config
+from ..engine.source import TORCH_DTYPES, SourceCheckpoint, TensorFolder
 from ..engine.writing import Reader, same_bytes
 
 ESFT_CONFIG = "expert_cfg.json"

@@ -1,6 +1,7 @@
 """The streaming core, which knows no format: what is read, what is made of it, what is written.
 
 source.py      a checkpoint to convert, and every check that needs no tensor's values
+beside.py      what lies beside its weights: configs, and files that are taken along
 plan.py        the files to write, and the step that makes each tensor
 operations.py  those steps: copy, cast, dequantize, quantize; each checks its own result
 slices.py      the same for tensors that lie in slices

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from modeling_deepseek_moe.finite import all_finite
 from modeling_deepseek_moe.fp8_blocks import dequantize_blocks, quantize_blocks
 
 # e4m3 has three mantissa bits, and below 2^-6 steps of 2^-9; half a step is the rounding. The third term covers the
@@ -44,8 +45,11 @@ class Cast:
 
     def apply(self, source: torch.Tensor) -> tuple[torch.Tensor]:
         result = source.to(self.dtype)
-        if self.dtype == torch.float16 and not torch.equal(torch.isinf(result), torch.isinf(source)):
-            raise ValueError("holds values beyond float16")
+        if not all_finite(result):
+            reason = (
+                f"beyond {str(self.dtype).removeprefix('torch.')}" if all_finite(source) else "that are not finite"
+            )
+            raise ValueError(f"holds values {reason}")
         return (result,)
 
     def problem(self, sources, outputs) -> str | None:
@@ -60,7 +64,10 @@ class Dequantize:
     block: tuple[int, int]
 
     def apply(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
-        return (dequantize_blocks(weight, scale, self.dtype, self.block),)
+        result = dequantize_blocks(weight, scale, self.dtype, self.block)
+        if not all_finite(result):
+            raise ValueError("holds values that are not finite, or its scales do")
+        return (result,)
 
     def problem(self, sources, outputs) -> str | None:
         weight, scale = sources

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .beside import CONFIG_NAME
 from .operations import Copy, Operation
-from .source import CONFIG_NAME, SAFETENSORS_DTYPES, SourceCheckpoint, TensorFolder, open_source
+from .source import SAFETENSORS_DTYPES, SourceCheckpoint, TensorFolder, open_source
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,13 @@ from modeling_deepseek_moe.checkpoint_files import (
     check_tensors,
     read_entries,
     read_index,
-    read_json,
 )
 from modeling_deepseek_moe.checkpoint_layout import expected_tensors, is_mtp_tensor, is_redundant
 from modeling_deepseek_moe.families import TEXT_PREFIX, Wrapper, text_config_dict, wrapper_of
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 
-CONFIG_NAME = "config.json"
-RECORD_NAME = "conversion.json"
-MAX_LAYERS = 10_000
+from .beside import CONFIG_NAME, LAYER_FIELDS, PICKLE_SUFFIXES, check_links, other_files, read_config
+
 TORCH_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -38,10 +36,7 @@ TORCH_DTYPES = {
 }
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".npz")
 _READ_DTYPES = ("F32", "F16", "BF16", FP8_DTYPE)
-_LAYER_FIELDS = ("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ class SourceCheckpoint(TensorFolder):
     @property
     def lost_mtp_layers(self) -> bool:
         """Whether `config.json` announces MTP modules that are not there."""
-        return self.config.num_nextn_predict_layers == 0 and any(self.text_json.get(f) for f in _LAYER_FIELDS[1:])
+        return self.config.num_nextn_predict_layers == 0 and any(self.text_json.get(f) for f in LAYER_FIELDS[1:])
 
     def is_other_part(self, name: str) -> bool:
         """Whether a tensor is of another part of the model than the text part, which is left as it is."""
@@ -152,14 +147,10 @@ def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; download a model first: hf download NAME --local-dir FOLDER")
     folder = Path(folder).resolve()
-    config_json = read_config(folder)
+    config_json, config = read_model_config(folder)
     files = weight_files(folder)
     check_links(folder, files)
     file_of, entries = read_headers(folder, files)
-    try:
-        config = DeepseekMoeConfig.from_dict(dict(config_json))
-    except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
-        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
     if wrapper := wrapper_of(config_json):
         file_of = {name.removeprefix(TEXT_PREFIX): file for name, file in file_of.items()}
         entries = {name.removeprefix(TEXT_PREFIX): entry for name, entry in entries.items()}
@@ -167,33 +158,30 @@ def open_source(folder: str | os.PathLike) -> SourceCheckpoint:
     text = {name: entry for name, entry in entries.items() if not wrapper or not name.startswith(wrapper.other_parts)}
     block = read_block(folder / CONFIG_NAME, text_config_dict(config_json))
     check_against_config(folder, config, file_of, text, block)
-    others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
-    check_links(folder, others)
+    others = other_files(folder)
     return SourceCheckpoint(folder, config_json, file_of, entries, config, block, others)
 
 
-def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
-    """The JSON object in file `name`.
+def read_model_config(folder: Path, may_be_link: bool = False) -> tuple[dict[str, Any], DeepseekMoeConfig]:
+    """The JSON object of a folder's `config.json`, and what it means.
 
     Raises:
-        CheckpointError: there is no such file or no object in it, or it describes more layers than any model has.
+        CheckpointError: as `read_config`; or it is no configuration of this family, or has a dtype that is none.
     """
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {name}")
-    check_links(folder, [name])
+    path, config_json = folder / CONFIG_NAME, read_config(folder, may_be_link=may_be_link)
+    if not isinstance(config_json.get("model_type"), str):
+        raise CheckpointError(f"{path}: model_type={config_json.get('model_type')!a} names no kind of model")
+    text = config_json.get("text_config")
+    for part in (config_json, text if isinstance(text, dict) else {}):
+        for name in ("dtype", "torch_dtype"):
+            dtype = part.get(name)
+            known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
+            if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+                raise CheckpointError(f"{path}: {name}={dtype!a} is no floating point type of torch: write bfloat16")
     try:
-        config_json = read_json(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config_json, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    for part in (config_json, config_json.get("text_config")):
-        for field in _LAYER_FIELDS if isinstance(part, dict) else ():
-            layers = part.get(field)
-            if isinstance(layers, int | float) and layers > MAX_LAYERS:
-                raise CheckpointError(f"{path}: {field}={layers} is more than the {MAX_LAYERS} layers read here")
-    return config_json
+        return config_json, DeepseekMoeConfig.from_dict(dict(config_json))
+    except Exception as error:  # a field of the wrong type can fail anywhere in the configuration classes
+        raise CheckpointError(f"{path}: {error or type(error).__name__}") from error
 
 
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
@@ -209,19 +197,9 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
         if wrong:
             raise CheckpointError(f"{folder / INDEX_NAME} names {wrong}, which is no safetensors file")
         return files
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     hint = f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else ""
     raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
-
-
-def check_links(folder: Path, names) -> None:
-    """Refuses links out of the folder, except the ones that huggingface_hub's own cache is made of."""
-    folder = folder.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    for name in names:
-        target = (folder / name).resolve()
-        if target.parent not in (folder, blobs):
-            raise CheckpointError(f"{folder / name} is a link out of its folder, to {target}")
 
 
 def read_headers(folder: Path, files) -> tuple[dict[str, str], dict[str, TensorEntry]]:
@@ -304,9 +282,3 @@ def check_dtypes(folder: Path, file_of, entries) -> None:
         if entry.dtype not in _READ_DTYPES:
             problem = f"is {entry.dtype}, not one of {', '.join(_READ_DTYPES)}"
             raise CheckpointError(f"{folder / file_of[name]}: tensor {name} {problem}")
-
-
-def is_other_file(name: str) -> bool:
-    """Whether a file is neither weights, index nor config: tokenizer, licence and so on."""
-    is_weight = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
-    return not is_weight and not name.startswith(".") and name not in (CONFIG_NAME, RECORD_NAME)

@@ -17,8 +17,8 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME, SINGLE_NAME
 
+from .beside import RECORD_NAME
 from .plan import Plan, Shard
-from .source import RECORD_NAME
 
 _PART_SUFFIX = ".part"
 

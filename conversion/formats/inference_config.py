@@ -11,7 +11,7 @@ from typing import Any
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.families import FAMILIES
 
-from ..engine.source import MAX_LAYERS
+from ..engine.beside import MAX_LAYERS
 from .native import NATIVE_MODELS, NativeModel, Problem
 
 INFERENCE = "deepseek-inference"

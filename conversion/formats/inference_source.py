@@ -12,18 +12,9 @@ from modeling_deepseek_moe.families import text_config_dict
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK, SCALE_SUFFIX
 from modeling_deepseek_moe.parts import expert_of, layer_of
 
+from ..engine.beside import CONFIG_NAME, MAX_LAYERS, check_links, other_files, read_config
 from ..engine.slices import Pieces
-from ..engine.source import (
-    CONFIG_NAME,
-    MAX_LAYERS,
-    TORCH_DTYPES,
-    SourceCheckpoint,
-    check_against_config,
-    check_links,
-    is_other_file,
-    read_block,
-    read_config,
-)
+from ..engine.source import TORCH_DTYPES, SourceCheckpoint, check_against_config, read_block
 from .inference_config import check_agreement, config_json_of, read_model_args
 from .inference_shards import (
     ARGS_NAME,
@@ -112,9 +103,7 @@ def open_ranks(folder: str | os.PathLike, with_published_config: bool = True) ->
         check_agreement(args, config, args_path, CONFIG_NAME)
     check_against_config(folder, config, {name: pieces[name].files[0] for name in pieces}, whole, FP8_BLOCK)
     _check_precision(args_path, args, whole)
-    others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
-    others = [name for name in others if name != ARGS_NAME]
-    check_links(folder, others)
+    others = [name for name in other_files(folder) if name != ARGS_NAME]
     ranks = RankFiles(folder, config_json, file_of, entries, config, FP8_BLOCK, others)
     whole = {name: whole[name] for name in sorted(whole, key=_layer_order)}
     joined = JoinedCheckpoint(

@@ -17,6 +17,7 @@ from modeling_deepseek_moe.families import FAMILIES, TEXT_PREFIX, text_config_di
 from modeling_deepseek_moe.fp8_blocks import SCALE_SUFFIX, scale_shape
 
 from ..adapters.merging import AppliedAdapter
+from ..engine.beside import without_local_code
 from ..engine.operations import Cast, Copy, Dequantize, Quantize
 from ..engine.plan import Plan, Shard, Step, TensorSpec, shards_like_source
 from ..engine.source import SourceCheckpoint, open_source
@@ -38,7 +39,7 @@ class Format:
         fp8: whether attention and MLP weights are FP8 blocks; None leaves them as they are.
         dtype: type of the other weights; None leaves each as it is.
         config_json: the new `config.json`, without dtype and quantization, which the plan adds.
-        keeps_code: whether the source's own Python files still belong to the result.
+        keeps_code: whether the code of a tokenizer that is code still belongs to the result.
     """
 
     summary: str
@@ -49,7 +50,7 @@ class Format:
 
 
 def _same_config(source: SourceCheckpoint) -> dict[str, Any]:
-    config_json = dict(source.config_json)
+    config_json = without_local_code(source.config_json)
     if source.lost_mtp_layers:
         announced = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in source.text_json]
         config_json = with_text_fields(config_json, dict.fromkeys(announced or ["num_nextn_predict_layers"], 0))

@@ -14,16 +14,8 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.checkpoint_files import FP8_DTYPE, TensorEntry
 from modeling_deepseek_moe.fp8_blocks import FP8_BLOCK
 
-from ..engine.source import (
-    CONFIG_NAME,
-    SourceCheckpoint,
-    check_against_config,
-    check_links,
-    is_other_file,
-    read_config,
-    read_headers,
-    weight_files,
-)
+from ..engine.beside import CONFIG_NAME, check_links, other_files, read_config
+from ..engine.source import SourceCheckpoint, check_against_config, read_headers, weight_files
 
 ZERO_BIAS = "self_attn.o_proj.bias"
 
@@ -157,8 +149,7 @@ def open_dense(folder: str | os.PathLike) -> SourceCheckpoint:
     for name, entry in entries.items():
         if entry.dtype == FP8_DTYPE:
             raise CheckpointError(f"{folder / file_of[name]}: tensor {name} is {FP8_DTYPE}; give plain weights")
-    others = sorted(path.name for path in folder.iterdir() if path.is_file() and is_other_file(path.name))
-    check_links(folder, others)
+    others = other_files(folder)
     return SourceCheckpoint(
         folder=folder,
         config_json=config_json,

@@ -4,6 +4,7 @@ rows.py         training rows as token ids and labels, cached or streamed; the h
 sources.py      where rows come from: JSONL files, data sets of the Hub
 messages.py     what a row says, checked and in one form: messages, tool calls, tools
 templates.py    whether the chat template shows all of that
+time_limit.py   a bound on the time of code that comes with a model
 chat.py         a row as pieces of text, learned or not, and their ids and labels
 preferences.py  a row of preferences as token ids
 plain_rows.py   the first tokens of a text, for a loss before any training

@@ -6,6 +6,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import UserError
+
 DOCUMENT = "document"  # the column that says of which row of the source a part is
 
 
@@ -20,6 +22,9 @@ def hold_out(
         share: of the documents to hold out, but at least one; 0 for none.
         seed: which ones.
         source: of the rows, for the line that says that one document is too few.
+
+    Raises:
+        UserError: none would be left to learn.
     """
     if DOCUMENT not in data.column_names:
         starts = range(len(data))
@@ -35,6 +40,11 @@ def hold_out(
             Console().print(Text(alone), soft_wrap=True)
         return data, None
     size = max(1, round(len(starts) * share))
+    if size == len(starts):
+        raise UserError(
+            f"`eval_fraction` is {share}, which holds out all {size} documents of {source} and leaves none to learn: "
+            "lower it, or give `eval_data`"
+        )
     if len(starts) == len(data):
         sides = data.train_test_split(test_size=size, seed=seed)
         return sides["train"], sides["test"]

@@ -1,19 +1,24 @@
 """A chat template, and whether it shows what a row says: what it leaves out would be lost without a word."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..errors import UserError, first_line
 from .messages import read_json
 from .report import RowError
+from .time_limit import TimeLimit, time_limit
 
 logger = logging.get_logger(__name__)
 _Message = dict[str, Any]
 _REFUSED = "refused by the template"
+_SECONDS = 10  # of computing, for one text
 _MARK = "\ue000"  # of Unicode's private use area: in no text
 
 # Keys that hold an answer's thought, by different sources of data.
@@ -26,6 +31,58 @@ _WAYS_OUT = {
     "function_call": "write it as `tool_calls`, or into `content`",
     **dict.fromkeys(THOUGHTS, "put it into `content`, between the marks that the model knows (`<think>`)"),
 }
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[_Message],
+    tools: list[dict[str, Any]] | None = None,
+    prompt: bool = False,
+) -> str:
+    """The text that a tokenizer's chat template makes of messages, with `prompt` that in front of the next answer too.
+
+    What the template raises is passed on: it is a program of its own and can fail in any way.
+
+    Raises:
+        UserError: it does not come to an end, or computes what may not.
+    """
+    name = f"the chat template of {tokenizer.name_or_path!r}"
+    template = tokenizer.get_chat_template(None, tools)
+    if _has_powers(template):
+        raise UserError(f"{name} computes a power (`**`), which can take for ever and no template needs: change it")
+    try:
+        with time_limit(_SECONDS):
+            if any(message.get("content", "") is None for message in messages):
+                # `apply_chat_template` would take the key away, of whose null DeepSeek's templates make a tool call.
+                return render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=template,
+                    add_generation_prompt=prompt,
+                    **tokenizer.special_tokens_map,
+                )[0][0]
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except TimeLimit as error:
+        raise UserError(f"{name} is refused: {error}; take the template of a model that you trust") from error
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError if the chat template cannot render a question."""
+    try:
+        render_chat(tokenizer, [{"role": "user", "content": "?"}], prompt=True)
+    except UserError:
+        raise
+    except Exception as error:  # see above
+        raise UserError(f"the chat template refuses a question: {first_line(error)}") from error
+
+
+@functools.lru_cache
+def _has_powers(template: str) -> bool:
+    # Python computes them at once, also while the template is compiled, and no timer interrupts that.
+    try:
+        return any(token[1:] == ("operator", "**") for token in jinja2.Environment().lex(template))
+    except jinja2.TemplateSyntaxError:  # which the rendering then says
+        return False
 
 
 class ChatTemplate:
@@ -42,18 +99,10 @@ class ChatTemplate:
         """
         if not messages:
             return ""
-        tools, tokenizer = self.tools if with_tools else None, self.tokenizer
         try:
-            if any(message.get("content", "") is None for message in messages):
-                # `apply_chat_template` would take the key away, of whose null DeepSeek's templates make a tool call.
-                return render_jinja_template(
-                    [messages],
-                    tools=tools,
-                    chat_template=tokenizer.get_chat_template(None, tools),
-                    add_generation_prompt=prompt,
-                    **tokenizer.special_tokens_map,
-                )[0][0]
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            return render_chat(self.tokenizer, messages, self.tools if with_tools else None, prompt)
+        except UserError:
+            raise
         except Exception as error:  # a template is a program of its own and can fail in any way
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RowError(f"the chat template refuses `messages`: {reason}", _REFUSED) from error

@@ -4,67 +4,67 @@ It speaks the part of the Hub's HTTP API that the real `huggingface_hub` client 
 inside a commit or by git-LFS, list files, download. `hub_store.py` says what it keeps on disk.
 
 Writing, and reading a private repository, asks for a token as the Hub does; any token is accepted and none is kept or
-printed. The server listens on 127.0.0.1 only.
+printed. The server listens on 127.0.0.1 only, and answers no request that was meant for another host, as one is that a
+web page sends by a name which it lets point here.
 """
 
 import base64
 import json
 import os
 import re
+import secrets
 import threading
-from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
 from modeling_deepseek_moe.model_cards.metadata import problems
 
+from ..errors import UserError
+from ..recipe.values import read_yaml
+from .hub_bodies import PIECE, ReadsBodies
 from .hub_store import Blobs, HubError, Repo, bad_request, safe_path, tree
 
-_PIECE = 1 << 20
+_MOST_OF_A_COMMIT = 1 << 30  # files that do not travel by git-LFS are in it
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(ReadsBodies, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte
     server: "_Server"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: request lines do not belong in a training log."""
 
     def serve(self) -> None:
-        url = urlsplit(self.path)
-        self.query, self.body = parse_qs(url.query), self._pieces()
+        self.body = self.pieces()
         try:
-            action, parts = _route(self.command, url.path)
-            action(self, **parts)
-        except HubError as error:
-            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error), **error.headers}
-            self.answer({"error": str(error)}, error.status, headers)
-        except (KeyError, TypeError, ValueError) as error:
-            self.answer({"error": f"malformed request: {error!r}"}, HTTPStatus.BAD_REQUEST)
-        for _ in self.body:  # the connection is used again: leave nothing of this request in it
-            pass
+            try:
+                self._act()
+            except HubError as error:
+                message = ascii(str(error))[1:-1]
+                headers = {"X-Error-Code": error.code, "X-Error-Message": message, **error.headers}
+                self.answer({"error": str(error)}, error.status, headers)
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                self.answer({"error": f"malformed request: {error!r}"}, HTTPStatus.BAD_REQUEST)
+            self.drain()
+        except (ConnectionError, TimeoutError):  # there is nobody to answer any more
+            self.close_connection = True
+        except (HubError, ValueError):  # the rest of a body cannot be told from the next request
+            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
-    def _pieces(self) -> Iterator[bytes]:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
-        left = int(self.headers.get("Content-Length", 0))
-        while left > 0 and (piece := self.rfile.read(min(left, _PIECE))):
-            left -= len(piece)
-            yield piece
-
-    def content(self) -> bytes:
-        return b"".join(self.body)
+    def _act(self) -> None:
+        if self.headers.get("Host", "") not in self.server.hosts:
+            message = f"this local Hub is {self.server.endpoint}, and answers under no other name"
+            raise HubError(HTTPStatus.MISDIRECTED_REQUEST, "WrongHost", message)
+        url = urlsplit(self.path)
+        self.query = parse_qs(url.query)
+        action, parts = _route(self.command, url.path)
+        action(self, **parts)
 
     def answer(self, body: Any, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
@@ -76,10 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
 
     def need_token(self) -> None:
-        if not self.headers.get("Authorization", "").removeprefix("Bearer").strip():
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        if scheme != "Bearer" or not token.strip():
             raise HubError(HTTPStatus.UNAUTHORIZED, "RepoNotFound", "this needs a token; any will do on a local Hub")
 
     def find(self, kind: str, repo: str, revision: str = "", write: bool = False) -> tuple[Repo, str, dict[str, Any]]:
@@ -108,9 +111,10 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         header = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", json.loads(self.content())["content"], re.DOTALL)
         try:
-            fields = yaml.safe_load(header[1]) if header else {}
-        except yaml.YAMLError as error:
-            fields = str(error)
+            fields = read_yaml(header[1], "the card") if header else {}
+        except UserError as error:
+            body = {"errors": [{"message": str(error)}], "warnings": []}
+            return self.answer(body, HTTPStatus.BAD_REQUEST)
         if found := problems({} if fields is None else fields):
             body = {"errors": [{"message": message} for message in found], "warnings": []}
             return self.answer(body, HTTPStatus.BAD_REQUEST)
@@ -130,19 +134,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.find(kind, repo, write=True)
         objects = []
         for wanted in json.loads(self.content())["objects"]:
-            row = {"oid": wanted["oid"], "size": wanted["size"]}
+            row = {"oid": wanted["oid"], "size": int(wanted["size"])}
             if not self.server.blobs.path(wanted["oid"]).is_file():
-                row["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{wanted['oid']}"}}
+                href = f"{self.server.endpoint}/lfs/{wanted['oid']}?grant={self.server.grant(row['oid'], row['size'])}"
+                row["actions"] = {"upload": {"href": href}}
             objects.append(row)
         self.answer({"transfer": "basic", "objects": objects})
 
     def put_blob(self, sha256: str) -> None:
         """Takes a large file; the address handed out by the batch call is itself the permission, as on the Hub."""
-        self.server.blobs.add_stream(sha256, self.body)
+        size = self.server.granted(self.query.get("grant", [""])[0], sha256)
+        if size is None:
+            message = "no upload of this file was asked for with a token"
+            raise HubError(HTTPStatus.UNAUTHORIZED, "RepoNotFound", message)
+        self.server.blobs.add_stream(sha256, self.limited(size))
         self.answer({})
 
     def commit(self, kind: str, repo: str, revision: str) -> None:
-        rows = [json.loads(line) for line in self.content().splitlines() if line.strip()]
+        self.find(kind, repo, revision, write=True)
+        rows = [json.loads(line) for line in self.content(_MOST_OF_A_COMMIT).splitlines() if line.strip()]
         with self.server.lock:
             found, parent, commit = self.find(kind, repo, revision, write=True)
             files, title = commit["files"], ""
@@ -191,15 +201,20 @@ class _Handler(BaseHTTPRequestHandler):
         if entry["pointer"] is not None:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size)}
         first, last, status = 0, size - 1, HTTPStatus.OK
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        part = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", self.headers.get("Range", ""))
+        if part and int(part[1]) <= int(part[2] or part[1]):  # else the whole file, as of a range that is none
             first, last, status = int(part[1]), min(int(part[2] or size), size - 1), HTTPStatus.PARTIAL_CONTENT
+            if first >= size:
+                message = f"{path!r} has {size} bytes, and none from {first} on"
+                status, headers = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{size}"}
+                raise HubError(status, "BadRange", message, headers)
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         self.start(status, headers, left := last - first + 1)
         if self.command == "HEAD":
             return
         with self.server.blobs.path(entry["sha256"]).open("rb") as file:
             file.seek(first)
-            while left > 0 and (piece := file.read(min(left, _PIECE))):
+            while left > 0 and (piece := file.read(min(left, PIECE))):
                 left -= len(piece)
                 self.wfile.write(piece)
 
@@ -234,7 +249,20 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, root: Path, lfs: bool):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.lfs, self.blobs, self.lock = root, lfs, Blobs(root), threading.Lock()
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        port = self.server_address[1]
+        self.endpoint, self.hosts = f"http://127.0.0.1:{port}", {f"127.0.0.1:{port}", f"localhost:{port}"}
+        self._grants: dict[str, tuple[str, int]] = {}
+
+    def grant(self, sha256: str, size: int) -> str:
+        """What an address must say to which a file of this digest may be sent."""
+        name = secrets.token_urlsafe()
+        self._grants[name] = sha256, size
+        return name
+
+    def granted(self, name: str, sha256: str) -> int | None:
+        """The size of the file that may be sent there; None if none may."""
+        digest, size = self._grants.get(name, ("", 0))
+        return size if digest == sha256 else None
 
 
 class LocalHub:

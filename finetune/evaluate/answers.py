@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import IGNORED, encode_whole
 from ..data.sources import open_rows
+from ..data.templates import render_chat
 from ..errors import UserError
 from ..progress import counting_bar
 
@@ -90,7 +91,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that follows an answer in the chat template."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
-        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_MARK)[2]
+        closing = render_chat(tokenizer, chat).rpartition(_MARK)[2]
+    except UserError:
+        raise
     except Exception:  # no template, or one that refuses; who needs it will say so
         return None
     first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]

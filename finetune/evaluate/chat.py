@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -63,6 +64,8 @@ def chat(
         UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
     """
     sampling = _sampling(max_new_tokens, temperature, top_p, greedy)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}: it is a whole number at least 0 and below 2**63")
     network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
     if not greedy:
         own = network.generation_config
@@ -79,8 +82,10 @@ def _sampling(max_new_tokens: int, temperature: float | None, top_p: float | Non
         raise UserError(f"--max-new-tokens is {max_new_tokens}: an answer has 1 at least")
     if greedy and (temperature is not None or top_p is not None):
         raise UserError("--greedy takes the likeliest token: leave --temperature and --top-p out")
-    if temperature is not None and not temperature > 0:
-        raise UserError(f"--temperature is {temperature}: it is above 0; for the likeliest token use --greedy")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UserError(
+            f"--temperature is {temperature}: it is above 0 and finite; for the likeliest token use --greedy"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}: it is a share above 0, and 1 at most")
     return {"do_sample": not greedy}

@@ -15,6 +15,7 @@ from transformers import (
 from modeling_deepseek_moe.transformers_names import CACHE_NAME
 
 from ..data.messages import checked_messages
+from ..data.templates import render_chat
 from ..errors import UserError, first_line
 from .answers import stop_tokens, text_of
 
@@ -101,7 +102,9 @@ class Conversation:
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         messages = checked_messages(messages)
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render_chat(self.tokenizer, messages, prompt=True)
+        except UserError:
+            raise
         except Exception as error:  # a template is a program of its own and can fail in any way
             raise UserError(f"the chat template refuses this: {first_line(error)}") from error
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

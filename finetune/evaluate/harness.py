@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.distribution import install
 
+from ..data.templates import check_template
 from ..errors import UserError, first_line, nearest
 
 
@@ -68,6 +69,8 @@ def run_tasks(
     from lm_eval import simple_evaluate
 
     _quiet()
+    if chat_template:
+        check_template(tokenizer)
     language_model = _harness_model()(
         pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
     )

@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import check_replaceable, write_text
+from ..files import check_replaceable, nothing_lost_if_full, read_object, replaced, says_full, write_text
 from ..model.tokenizer import load_tokenizer
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
@@ -117,7 +117,8 @@ def evaluate_model(
     metric = os.fspath(metric or "exact_match")
     if data is not None:
         find_metric(metric)
-    with _folder(Path(output).expanduser()) as folder:
+    output = Path(output).expanduser()
+    with nothing_lost_if_full(output), _folder(output) as folder:
         tokenizer = load_tokenizer(model, trust_remote_code)
         request = _Request(
             tasks=None if tasks is None else load_tasks(tasks),
@@ -149,11 +150,14 @@ def evaluate_model(
             "before": None if one is None else one.scores,
             "after": other.scores,
         }
-        if request.questions:
-            rows = _answer_rows(request.questions, tokenizer, one, other)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(folder / ANSWERS, "".join(lines))
-        write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        # Both or none: answers are those of the report beside them.
+        with contextlib.ExitStack() as stack:
+            if request.questions:
+                rows = _answer_rows(request.questions, tokenizer, one, other)
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_text(stack.enter_context(replaced(folder / ANSWERS)), "".join(lines))
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            write_text(stack.enter_context(replaced(folder / REPORT)), text)
     print_scores(report, folder)
     return report
 
@@ -272,6 +276,8 @@ def _folder(folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if says_full(error):
+            raise
         raise UserError(f"cannot write to output folder {folder}: {error.strerror}") from error
     try:
         yield folder
@@ -284,8 +290,5 @@ def _folder(folder: Path) -> Iterator[Path]:
 
 def _is_report(path: Path) -> bool:
     """Whether a file is what `evaluate_model` writes."""
-    try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and {"model", "before", "after"} <= report.keys()
+    report = read_object(path)
+    return report is not None and {"model", "before", "after"} <= report.keys()

@@ -45,7 +45,7 @@ from modeling_deepseek_moe.distribution import install
 
 from ..data.rows import load_data
 from ..errors import UserError
-from ..files import check_replaceable, write_text
+from ..files import check_replaceable, nothing_lost_if_full, read_object, says_full, write_text
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
 from ..recipe.load import make_recipe
@@ -104,7 +104,7 @@ def report_experts(
     folder = Path(output_dir).expanduser()
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
     recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
-    with _replaced(folder, (PICTURE, TABLE)) as scratch:
+    with nothing_lost_if_full(folder), _replaced(folder, (PICTURE, TABLE)) as scratch:
         network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
         moe_layers(network)
         sets = {
@@ -157,6 +157,8 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".experts-", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
+        if says_full(error):
+            raise
         raise UserError(f"cannot write to output folder {folder}: {error.strerror}") from error
     try:
         with scratch as name:
@@ -174,11 +176,8 @@ def _replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
 
 def _is_report(path: Path) -> bool:
     """Whether a file is what `report_experts` writes; a run writes another of the same name."""
-    try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and {"claim", "even_share", "layers"} <= report.keys()
+    report = read_object(path)
+    return report is not None and {"claim", "even_share", "layers"} <= report.keys()
 
 
 def _names(sources: list[str]) -> list[str]:

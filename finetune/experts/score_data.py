@@ -20,7 +20,7 @@ from modeling_deepseek_moe.conversion.adapters.esft import read_expert_cfg
 from ..data.packing import PACKED
 from ..data.rows import load_data
 from ..errors import UserError
-from ..files import check_replaceable, write_text
+from ..files import check_replaceable, nothing_lost_if_full, write_text
 from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
@@ -74,13 +74,16 @@ def score_data(
     try:
         network, tokenizer = load_for_use(model, dtype, None, trust_remote_code, text_only)
         moe_layers(network)
-        with tempfile.TemporaryDirectory(prefix=".scores-", dir=output.parent, ignore_cleanup_errors=True) as cache:
-            rows = load_data(os.fspath(data), split, tokenizer, max_length, cache)
-            scores = score_rows(network, rows, sample_tokens, batch_size)
-            del rows
+        with nothing_lost_if_full(output):
+            # The folder of tokenized rows is gone before the scores are written, which need little room.
+            scratch = tempfile.TemporaryDirectory(prefix=".scores-", dir=output.parent, ignore_cleanup_errors=True)
+            with scratch as cache:
+                rows = load_data(os.fspath(data), split, tokenizer, max_length, cache)
+                scores = score_rows(network, rows, sample_tokens, batch_size)
+                del rows
+            write_text(output, json.dumps(scores) + "\n")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: {output} is as it was before") from None
-    write_text(output, json.dumps(scores) + "\n")
     print_scores(scores)
     Console().print(Text(f"scores: {output}"), soft_wrap=True)
     return scores
@@ -116,7 +119,8 @@ def select_from(
     found, output = read_scores(scores), _writable(output, read_expert_cfg)
     top_p = PAPERS_TOP_P[score] if top_p is None else top_p
     choice = expert_cfg(found, score, top_p, shared_experts, non_expert_modules)
-    write_text(output, json.dumps(choice) + "\n")
+    with nothing_lost_if_full(output):
+        write_text(output, json.dumps(choice) + "\n")
     print_choice(choice, found[f"{score}_scores"], f"{score} scores sum up to {top_p}")
     Console().print(Text(f"experts: {output}"), soft_wrap=True)
     return choice

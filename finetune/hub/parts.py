@@ -1,19 +1,15 @@
 """Which files of a folder a model or an adapter consists of; nothing else is published, and nothing behind a link."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
-
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_deepseek_moe.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG, open_esft
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from modeling_deepseek_moe.conversion.engine.source import CONFIG_NAME, weight_files
+from modeling_deepseek_moe.conversion.engine.beside import CONFIG_NAME, tokenizer_code
+from modeling_deepseek_moe.conversion.engine.source import weight_files
 
 from ..errors import UserError
-from ..model.tokenizer import code_of
 
 _TOKENIZER = re.compile(
     r"tokenizer(?:_config)?\.json|(?:special_tokens_map|added_tokens|vocab|chat_template)\.json|merges\.txt|vocab\.txt|"
@@ -32,7 +28,7 @@ def parts_of(folder: Path) -> dict[str, Path]:
     """
     if folder.is_symlink():
         raise _link(folder)
-    names = _weights(folder) | _tokenizer_code(folder)
+    names = _weights(folder) | tokenizer_code(folder)
     parts = {}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
@@ -53,13 +49,6 @@ def check_link(path: Path) -> None:
         raise _link(path)
 
 
-def without_local_code(fields: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` that names no code which would have to lie beside it."""
-    elsewhere = {name: code for name, code in (fields.get("auto_map") or {}).items() if "--" in str(code)}
-    rest = {name: value for name, value in fields.items() if name != "auto_map"}
-    return rest | ({"auto_map": elsewhere} if elsewhere else {})
-
-
 def _weights(folder: Path) -> set[str]:
     if (folder / ESFT_CONFIG).is_file():
         return {ESFT_CONFIG, INDEX_NAME, *open_esft(folder).file_of.values()}
@@ -67,16 +56,6 @@ def _weights(folder: Path) -> set[str]:
         return {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
     files = weight_files(folder)
     return {CONFIG_NAME, "generation_config.json", *files} | (set() if SINGLE_NAME in files else {INDEX_NAME})
-
-
-def _tokenizer_code(folder: Path) -> set[str]:
-    """Names of the files with the code of a tokenizer that is code."""
-    config = folder / "tokenizer_config.json"
-    code = code_of(json.loads(config.read_bytes())) if config.is_file() else None
-    source = folder / f"{code.rpartition('.')[0]}.py" if code else None
-    if source is None or not source.is_file():
-        return set()
-    return {Path(path).name for path in (source, *get_relative_import_files(source))}
 
 
 def _link(path: Path) -> UserError:

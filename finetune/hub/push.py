@@ -1,6 +1,7 @@
 """`deepseek-moe push`: what a run left, with its card, into a repository of the Hub."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from modeling_deepseek_moe.model_cards.ways_to_load import ways_to_load
 from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
+from ..recipe.values import read_yaml
 from ..runs.results import RunResults, read_results, run_identity
 from .parts import check_link
 from .staging import CARD, choose_kind, fetch_base, read_base_config, stage
@@ -134,8 +136,16 @@ def _own_card(results: RunResults) -> ModelCard | None:
     """The card that somebody wrote for these results, if there is one."""
     path = results.folder / CARD
     check_link(path)
-    if not path.is_file() or _EMPTY_CARD in path.read_text("utf-8"):
+    if not path.is_file():
         return None
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text, so it is no card: mend it, or take it away") from error
+    if _EMPTY_CARD in text:
+        return None
+    if header := re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL):
+        read_yaml(header[1], str(path))  # says what the card's own reader would fall over
     card = ModelCard.load(path)
     check(card.data)
     return card

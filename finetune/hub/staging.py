@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from rich.console import Console
 from rich.progress import track
@@ -25,14 +24,16 @@ from modeling_deepseek_moe.checkpoint_files import read_entries
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG, open_esft
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from modeling_deepseek_moe.conversion.engine.source import CONFIG_NAME, RECORD_NAME, open_source
+from modeling_deepseek_moe.conversion.engine.beside import CONFIG_NAME, RECORD_NAME, without_local_code
+from modeling_deepseek_moe.conversion.engine.source import open_source
 from modeling_deepseek_moe.conversion.formats.native import NATIVE_MODELS
 from modeling_deepseek_moe.conversion.request import plan_request
+from modeling_deepseek_moe.finite import all_finite
 
 from ..errors import UserError, first_line
 from ..files import write_text
 from ..runs.results import RunResults
-from .parts import is_beside_weights, parts_of, without_local_code
+from .parts import is_beside_weights, parts_of
 from .upload import HUB_FAILURES, read_file, without_secrets
 
 CARD = "README.md"
@@ -85,9 +86,7 @@ def check_weights(folder: Path) -> None:
     for path in track(sorted(folder.glob("*.safetensors")), "checking", console=console, transient=True):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                values = file.get_tensor(name)
-                values = values.float() if values.element_size() == 1 else values
-                if values.is_floating_point() and not torch.isfinite(values).all():
+                if not all_finite(file.get_tensor(name)):
                     raise UserError(f"{path}: {name} has values that are not finite numbers; nothing is pushed")
 
 
@@ -168,7 +167,7 @@ def read_base_config(
         text = read_file(base, "config.json", endpoint, token) if base else ""
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
 

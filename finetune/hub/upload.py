@@ -213,7 +213,7 @@ def _record(api: HfApi, repo_id: str) -> Contents | None:
         try:
             fields = json.loads(Path(api.hf_hub_download(repo_id, RECORD, local_dir=fresh)).read_bytes())
             return Contents(str(fields["run"]), str(fields["kind"]))
-        except (RemoteEntryNotFoundError, ValueError, KeyError, TypeError):
+        except (RemoteEntryNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

@@ -1,6 +1,7 @@
 """What touches modules: loading, LoRA, four bits, ESFT layers, counting and balancing experts.
 
 load.py            the model that a recipe names, with the part of it that is trained
+checks.py          what their files may say and hold
 use.py             models as they are used: loaded, with an adapter on them
 tokenizer.py       their tokenizer, also where a repository has it as code
 tiktoken_files.py  tokenizers of Moonlight and Kimi-K2, read without running their code

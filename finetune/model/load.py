@@ -1,13 +1,20 @@
 """The model that a recipe names, with the part of it that is to be trained."""
 
+import itertools
+from pathlib import Path
+
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 
 from ..errors import RecipeError, UserError, first_line, raised_by
+from ..files import says_full
 from ..recipe.schema import Recipe
+from .checks import check_configs, check_finite
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
@@ -24,7 +31,12 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         "attn_implementation": recipe.attn_implementation,
         "experts_implementation": recipe.experts_implementation,
     }
+    is_here = Path(recipe.model).is_dir()
+    if is_here:
+        check_configs(recipe.model)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    if not is_here:  # a Hub that is not reached is waited for once
+        check_configs(recipe.model)
     try:
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
@@ -34,9 +46,14 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             **quantization_options(recipe),
             **recipe.losses,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        if says_full(error):
+            raise
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
+    check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), f"model {recipe.model!r}")
     return model, tokenizer
 
 

@@ -2,17 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from modeling_deepseek_moe import DeepseekMoeConfig
+from modeling_deepseek_moe.conversion.engine.beside import code_of_tokenizer
 
 from ..errors import UserError, first_line
 from .tiktoken_files import FILES, RANKS, RESERVED, Unreadable, read_tiktoken
 
+# transformers takes its files to be what they should be.
+_UNREADABLE = (OSError, ValueError, ImportError, RecursionError, TypeError, AttributeError, KeyError, IndexError)
 _ASK = "read it, and if you trust it set `trust_remote_code: true` (--trust-remote-code)"
 
 
@@ -28,7 +30,7 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
     """
     name = os.fspath(model)
     try:
-        code = code_of(get_tokenizer_config(name))
+        code = code_of_tokenizer(get_tokenizer_config(name))
         if code and trust_remote_code:
             # With a config at hand transformers looks for none, which may be code, too.
             config = DeepseekMoeConfig.from_pretrained(name)
@@ -38,7 +40,7 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error
     if Path(str(getattr(tokenizer, "vocab_file", ""))).name == RANKS:
         raise UserError(
@@ -60,14 +62,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: 
             f"model {model!r} has vocab_size={vocab_size} but its tokenizer knows {len(tokenizer)} tokens: they do "
             "not belong together"
         )
-
-
-def code_of(config: dict[str, Any]) -> str | None:
-    """The class that a tokenizer's config names as its code, "module.Class"; the faster one, if there are two."""
-    auto_map = config.get("auto_map") or {}
-    classes = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    classes = [classes] if isinstance(classes, str) else classes or []
-    return next((name for name in reversed(classes) if name), None)
 
 
 def _read(name: str, code: str) -> PreTrainedTokenizerBase:

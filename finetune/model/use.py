@@ -1,17 +1,24 @@
 """Models as they are used, not trained: loaded from a folder or the Hub, with an adapter on it."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.checkpoint_files import read_entries
+from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_lora_fields
+from modeling_deepseek_moe.conversion.engine.beside import read_config
 from modeling_deepseek_moe.expert_lora import load_adapter
 
 from ..errors import UserError
 from ..recipe.load import make_recipe
+from .checks import check_finite
 from .esft_adapter import esft_folder, load_esft_adapter
 from .load import load
 from .lora import known_warnings
@@ -58,19 +65,53 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         UserError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
     """
     adapter = os.fspath(adapter)
-    if folder := esft_folder(adapter):
-        try:
-            return load_esft_adapter(model, folder)
-        except (CheckpointError, ValueError) as error:
-            raise UserError(f"cannot put adapter {adapter!r} on the model: {error}") from error
+    # An ESFT adapter's tensors take the place of the model's.
+    before = set() if (esft := esft_folder(adapter)) else {id(tensor) for tensor in model.parameters()}
     try:
-        with known_warnings():
-            adapted = load_adapter(model, adapter)
+        if esft:
+            adapted = load_esft_adapter(model, esft)
+        else:
+            check_adapter_files(adapter)
+            with known_warnings():
+                adapted = load_adapter(model, adapter)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
         raise UserError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
-    if adapted.active_peft_config.is_prompt_learning:
-        raise UserError(f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here")
-    return adapted.get_base_model()
+    if not esft:
+        if adapted.active_peft_config.is_prompt_learning:
+            raise UserError(
+                f"adapter {adapter!r} adds tokens to the prompt: only adapters of weights can be used here"
+            )
+        adapted = adapted.get_base_model()
+    new = ((name, tensor) for name, tensor in adapted.named_parameters() if id(tensor) not in before)
+    check_finite(new, f"adapter {adapter!r}")
+    return adapted
+
+
+def check_adapter_files(adapter: str) -> None:
+    """Checks what PEFT would not before it reads a LoRA adapter: the config's values, and the header of the weights.
+
+    Args:
+        adapter: folder or Hub name; what is not there is left to PEFT to say.
+
+    Raises:
+        CheckpointError: one line that names the file, and the field or tensor.
+        OSError: the Hub cannot be asked.
+    """
+    if os.path.isdir(adapter):
+        paths = [Path(adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    else:
+        paths = []
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            with contextlib.suppress(EntryNotFoundError):
+                paths.append(Path(hf_hub_download(adapter, name)))
+    there = [path for path in paths if path.is_file()]
+    if there and not any(path.name == ADAPTER_WEIGHTS for path in there):
+        raise CheckpointError(f"it has no {ADAPTER_WEIGHTS}; pickles, which can run code, are not read")
+    for path in there:
+        if path.name == ADAPTER_WEIGHTS:
+            read_entries(path)
+        elif (fields := read_config(path.parent, path.name, may_be_link=True)).get("peft_type") == "LORA":
+            check_lora_fields(path, fields)

@@ -1,7 +1,5 @@
 """Whether a run's files will fit on the disk, asked before the first step."""
 
-import errno
-import os
 import shutil
 from pathlib import Path
 
@@ -10,13 +8,11 @@ from torch import nn
 from transformers import Trainer
 
 from ..errors import RecipeError
+from ..files import says_full
 from ..model.load import trains_adapter
 from ..recipe.schema import Recipe
 from .memory import OPTIMIZERS, optimizer_bytes
 from .model import Parameter
-
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
-_TEXTS = (os.strerror(errno.ENOSPC), "Not enough disk space")  # the second one is of the library datasets
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
@@ -69,13 +65,8 @@ def is_full(error: BaseException, folder: Path, checkpoint: int = 0) -> bool:
         folder: on that disk.
         checkpoint: with less than these bytes of room, an error that does not say its reason had this one.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if number := getattr(cause, "errno", None):
-            return number in _FULL
-        if any(text in str(cause) for text in _TEXTS):
-            return True
-        cause = cause.__cause__ or cause.__context__
+    if (says := says_full(error)) is not None:
+        return says
     of_a_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
     return not of_a_device and shutil.disk_usage(folder).free < checkpoint
 

@@ -6,6 +6,7 @@ optimizer state, and all of the layers that compute at the moment; activations a
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_json
 
 from ..errors import UserError, first_line, nearest
+from ..model.checks import check_configs
 from ..recipe.load import load_recipe, make_recipe
 from ..recipe.schema import Recipe
 from .memory import Memory, MemoryPlan
@@ -77,9 +79,8 @@ def find_config(model: str) -> DeepseekMoeConfig:
             f"{nearest(model.lower(), known)!r}?"
         )
     try:
-        config, stated = DeepseekMoeConfig.from_pretrained(model), DeepseekMoeConfig.get_config_dict(model)[0]
-        if "model_type" not in stated:
-            raise ValueError("it states no model_type")
+        check_configs(os.fspath(path) if path.is_dir() else model)
+        config = DeepseekMoeConfig.from_pretrained(path if path.is_dir() else model)
     except (OSError, ValueError, CheckpointError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read the config of model {model!r}: {first_line(error)}; give a folder with a config.json, a Hub "

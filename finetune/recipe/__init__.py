@@ -2,7 +2,8 @@
 
 schema.py    one frozen dataclass for all of a run's settings
 load.py      from YAML and `key=value`, and back
-checks.py    which values the keys may have, and which keys go together
+checks.py    which words the keys may have, and which keys go together
+ranges.py    which numbers
 sections.py  keys of other libraries' classes, by their own names
 values.py    reading YAML, checking types
 metrics.py   the script of a named metric

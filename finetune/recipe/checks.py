@@ -1,8 +1,9 @@
-"""Which values a recipe's keys may have, and which keys go together; nothing is loaded for it."""
+"""Which words a recipe's keys may have (`ranges.py`: numbers), and which keys go together; nothing is loaded."""
 
 import re
 from collections.abc import Iterable
 
+from modeling_deepseek_moe.conversion.adapters.patterns import problem_of_patterns
 from modeling_deepseek_moe.parts import WORDS
 
 from ..errors import RecipeError, UserError, nearest
@@ -14,12 +15,6 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise a RecipeError for a value that is out of range, or for keys that do not go together."""
     if recipe.dtype not in DTYPES:
         raise RecipeError(f"`dtype` is {recipe.dtype!r}: choose one of {', '.join(DTYPES)}")
-    if recipe.max_length < 2:
-        raise RecipeError(f"`max_length` is {recipe.max_length}: a row needs at least 2 tokens to learn from")
-    if not 0 <= recipe.eval_fraction < 1:
-        raise RecipeError(f"`eval_fraction` is {recipe.eval_fraction}: it is a share of the rows, from 0 to below 1")
-    if recipe.bias_update_speed < 0:
-        raise RecipeError(f"`bias_update_speed` is {recipe.bias_update_speed}: it cannot be negative")
     if recipe.lora and not recipe.lora.get("targets"):
         key = next(iter(recipe.lora))
         raise RecipeError(
@@ -42,6 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
             "bias, or set merge: true to save the model that has it"
         )
     check_esft(recipe)
+    check_reporters(recipe)
     check_data_keys(recipe)
     check_metric(recipe)
 
@@ -63,10 +59,6 @@ def check_esft(recipe: Recipe) -> None:
     options = EsftOptions(**recipe.esft)
     if recipe.lora:
         raise RecipeError("`lora` and `esft` are two ways to train a part of the model: remove the keys of one")
-    if not 0 < options.share <= 1:
-        raise RecipeError(f"`esft.top_p` is {options.share}: it is a share of a layer's scores, above 0 and at most 1")
-    if options.sample_tokens < 1:
-        raise RecipeError(f"`esft.sample_tokens` is {options.sample_tokens}: it is a number of tokens, at least 1")
     for key in ("dpo", "streaming"):
         if getattr(recipe, key) and not options.experts:
             raise RecipeError(
@@ -111,6 +103,14 @@ _OTHER_STARTS = {
 
 def check_lora(recipe: Recipe) -> None:
     """Raise a RecipeError for `lora` keys that no run can follow, or that contradict other keys."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = recipe.lora.get(name) or {}
+        if wrong := [value for value in patterns.values() if type(value) is not int]:
+            raise RecipeError(f"`lora.{name}` holds {wrong[0]!r}: it maps patterns of names to whole numbers")
+        _check_patterns(f"lora.{name}", patterns)
+    for name in ("exclude_modules", "layers_pattern"):
+        if isinstance(pattern := recipe.lora.get(name), str):
+            _check_patterns(f"lora.{name}", [pattern])
     start = recipe.lora.get("init_lora_weights")
     if isinstance(start, str):
         if not _STARTS.fullmatch(start):
@@ -129,6 +129,40 @@ def check_lora(recipe: Recipe) -> None:
             "`lora.layer_replication` shares weights between layers, so a layer's adapters cannot be merged into its "
             "own weights: set merge: false"
         )
+
+
+def _check_patterns(key: str, patterns: Iterable[str]) -> None:
+    if problem := problem_of_patterns(patterns):
+        raise RecipeError(f"`{key}`: {problem}")
+
+
+def check_reporters(recipe: Recipe) -> None:
+    """Raise a RecipeError for log levels that are none, and for programs to be told of a run that are not there."""
+    from transformers.utils import logging
+
+    for key in ("log_level", "log_level_replica"):
+        if (level := recipe.training.get(key, "passive")) not in (
+            levels := [*logging.get_log_levels_dict(), "passive"]
+        ):
+            raise RecipeError(f"`training.{key}` is {level!r}: choose one of {', '.join(levels)}")
+    asked = recipe.training.get("report_to")
+    names = [name for name in ([asked] if isinstance(asked, str) else asked or []) if name not in ("none", "all")]
+    if not names:
+        return
+    from .._compat import reporters  # which imports torch
+
+    known, installed = reporters()
+    for name in names:
+        if name not in known:
+            raise RecipeError(
+                f"`training.report_to` is {name!r}: did you mean {nearest(name, known)!r}? (choices: "
+                f"{', '.join(sorted(known))}, all, none)"
+            )
+        if name not in installed:
+            raise RecipeError(
+                f"`training.report_to` is {name!r}, whose library is not installed: install that, or leave "
+                "`training.report_to` out"
+            )
 
 
 def check_data_keys(recipe: Recipe) -> None:
@@ -167,8 +201,6 @@ def check_metric(recipe: Recipe) -> None:
         find_metric(recipe.metric)
     except UserError as error:
         raise RecipeError(str(error)) from error
-    if recipe.metric_rows < 1:
-        raise RecipeError(f"`metric_rows` is {recipe.metric_rows}: it is 1 at least")
     if recipe.dpo:
         raise RecipeError("`metric` judges answers, and rows of preferences have none: leave `metric` or `dpo` out")
     if not (recipe.eval_data or recipe.eval_fraction):

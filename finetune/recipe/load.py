@@ -15,9 +15,10 @@ import yaml
 
 from ..errors import RecipeError, nearest
 from .checks import check_recipe
+from .ranges import check_number
 from .schema import Recipe
 from .sections import OWN_INSTEAD, SECTIONS, section_hints
-from .values import convert_value, kind_of, read_yaml
+from .values import check_text, convert_value, kind_of, read_yaml, read_yaml_file
 
 _OF_THE_DEMO = "demo"  # on its own base and rows
 SHIPPED = {
@@ -38,21 +39,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: the file is missing or not a YAML mapping, or a key or a value is wrong.
     """
     path = Path(path)
-    if not path.is_file():
-        path = SHIPPED.get(str(path).removesuffix(".yaml"), path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"cannot read recipe {path}: {reason} (shipped recipes: {', '.join(SHIPPED)})") from error
-    values = read_yaml(text, str(path))
+        if not path.is_file():
+            path = SHIPPED.get(str(path).removesuffix(".yaml"), path)
+        values = read_yaml_file(path)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read recipe {str(path)[:200]}: {error.strerror} (shipped recipes: {', '.join(SHIPPED)})"
+        ) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it holds {kind_of(values)}, not `key: value` lines")
     raw = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise RecipeError(f"{override!r} is not of the form key=value")
+            raise RecipeError(f"{override[:100]!r} is not of the form key=value")
         raw[key] = value
     return make_recipe({**_flat(values), **_flat({key: read_yaml(value, key) for key, value in raw.items()})}, raw)
 
@@ -78,9 +79,13 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
         if section == "training" and name in OWN_INSTEAD:
             raise RecipeError(f"`{key}` is not a recipe key: {OWN_INSTEAD[name]}")
         if key not in known:
-            raise RecipeError(f"unknown recipe key `{key}`: did you mean `{nearest(str(key), known)}`?")
+            name = str(key)[:100]
+            raise RecipeError(f"unknown recipe key `{name}`: did you mean `{nearest(name, known)}`?")
         target = fields[section] if section in SECTIONS else fields
-        target[name if section in SECTIONS else key] = convert_value(key, value, known[key], (raw or {}).get(key))
+        value = convert_value(key, value, known[key], (raw or {}).get(key))
+        check_text(key, value)
+        check_number(key, value)
+        target[name if section in SECTIONS else key] = value
     required = [item.name for item in dataclasses.fields(Recipe) if item.default is item.default_factory]
     if missing := [name for name in required if name not in fields]:
         raise RecipeError(f"the recipe lacks `{missing[0]}`: add a line `{missing[0]}: ...` or pass {missing[0]}=...")

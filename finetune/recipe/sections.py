@@ -90,6 +90,7 @@ def _dpo_hints() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(DPOConfig)
+    hints["pad_to_multiple_of"] = int | None  # TRL takes text for it, too, and makes that a number later
     others = {item.name for item in dataclasses.fields(TrainingArguments)} | _NOT_OF_DPO
     return {
         item.name: hints[item.name] for item in dataclasses.fields(DPOConfig) if item.init and item.name not in others

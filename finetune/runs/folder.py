@@ -30,7 +30,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RecipeError, UserError
-from ..files import file_digest, remove, write_text
+from ..files import file_digest, read_object, remove, write_text
 from ..recipe.load import dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 from .checkpoints import sound_checkpoint, unfinished_checkpoints
@@ -133,7 +133,7 @@ def read_kept(path: Path) -> Any:
             return kept["value"]
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{path} is damaged: it is not as it was written")
 
@@ -261,7 +261,7 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
 
 def _summary(folder: Path) -> dict[str, Any] | None:
     """What the run came to; None if it has not been at its end, or nothing can be read of it."""
-    summary = _read_object(folder / SUMMARY)
+    summary = read_object(folder / SUMMARY)
     if summary is None:
         return None
     for part in RESULTS:
@@ -280,15 +280,6 @@ def _is_finished(folder: Path, recipe: Recipe, marks: dict[str, str], summary: d
         return False
     saved = [folder / part for part in RESULTS if summary.get(f"saved_{part}")]
     return bool(saved) and all(path.is_dir() for path in saved)
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file, or something else in it."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _digest(source: str) -> str:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modeling_deepseek_moe.conversion.adapters.esft import ESFT_CONFIG
 from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 
 from ..errors import UserError
-from ..files import file_digest
+from ..files import file_digest, read_object
+from ..recipe.values import read_yaml_file
 from .folder import DATA_MARKS, MAY_CHANGE, read_kept
 
 _PARTS = ("adapter", "model")
@@ -48,7 +47,7 @@ class RunResults:
 
 def run_identity(folder: Path) -> str:
     """`RunResults.identity` of a run that has begun."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+    recipe = read_yaml_file(folder / "recipe.yaml")
     kept = {key: value for key, value in recipe.items() if key not in MAY_CHANGE}
     kept |= {key: str(value).rpartition("/")[2] for key in _OF_A_MACHINE if (value := kept.get(key))}
     marks = {key: value for key, value in read_kept(folder / DATA_MARKS).items() if key not in MAY_CHANGE}
@@ -71,7 +70,7 @@ def read_results(folder: Path) -> RunResults:
     if (folder / "recipe.yaml").is_file():
         return _of_a_run(folder)
     if is_adapter(folder):
-        name = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        name = (read_object(folder / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
         return RunResults(folder, folder, None, {}, {}, name or None)
     if (folder / "config.json").is_file():
         return RunResults(folder, None, folder, {}, {}, None)
@@ -92,7 +91,7 @@ def _of_a_run(folder: Path) -> RunResults:
         raise UserError(
             f"{folder} has no results yet: its run has not come to its end; the same `deepseek-moe finetune` goes on"
         )
-    recipe, summary = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), _json(folder / "summary.json")
+    recipe, summary = read_yaml_file(folder / "recipe.yaml"), (read_object(folder / "summary.json") or {})
     if not isinstance(recipe, dict) or not summary:
         raise UserError(f"{folder}: recipe.yaml or summary.json is not of a run")
     return RunResults(folder, parts["adapter"], parts["model"], recipe, summary, recipe.get("model"))
@@ -100,12 +99,3 @@ def _of_a_run(folder: Path) -> RunResults:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -62,7 +62,7 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]] | None:
     try:
         files = json.loads((folder / COMPLETE).read_bytes())["files"]
         return {name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -31,7 +31,8 @@ _Traceback = Annotated[bool, typer.Option("--traceback", help="Show the whole of
 
 
 def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
-    """Shows a user's error as one red line (exit code 1), and Ctrl-C as what it left behind (130).
+    """Shows a user's error, or the system's about a file, as one red line (exit code 1), and Ctrl-C as what it left
+    behind (130).
 
     The verb gets the option `--traceback`, with which that error ends in its traceback, and those of its causes, as
     other errors do anyway.
@@ -40,11 +41,17 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapped(*args: Any, traceback: bool = False, **kwargs: Any) -> None:
         try:
+            _check_homes(kwargs)
             verb(*args, **kwargs)
         except UserError as error:
             if traceback:
                 raise
             _complain(" ".join(str(error).split()))
+            raise typer.Exit(1) from error
+        except OSError as error:  # of a path that was given; those of a network have no number
+            if traceback or error.errno is None or error.filename is None:
+                raise
+            _complain(f"{str(error.filename)[:200]}: {error.strerror}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             _complain(f"\n{stop}" if str(stop) else "\nstopped")  # below the progress bar and the terminal's ^C
@@ -56,6 +63,15 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
     wrapped.__annotations__ = {**verb.__annotations__, "traceback": _Traceback}
     return wrapped
+
+
+def _check_homes(arguments: dict[str, Any]) -> None:
+    for value in arguments.values():
+        if isinstance(value, str | Path) and str(value).startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError as error:
+                raise UserError(f"{value}: there is no such user: write the path out") from error
 
 
 def _complain(line: str) -> None:

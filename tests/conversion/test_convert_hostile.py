@@ -212,7 +212,7 @@ CONFIGS = {
         "in blocks of 64x64",
     ),
     "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than"),
-    "a billion experts": ({"n_routed_experts": 10**9}, "n_routed_experts=1000000000 in"),
+    "a billion experts": ({"n_routed_experts": 10**9}, "n_routed_experts=1000000000 is more than the 16384"),
     "another family": ({"model_type": "llama"}, "model_type='llama' is not one of"),
     "a field of the wrong type": ({"hidden_size": "wide"}, "hidden_size"),
 }

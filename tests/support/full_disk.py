@@ -20,23 +20,33 @@ from modeling_deepseek_moe.finetune.recipe.load import make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
 
+def fill(folder: Path) -> None:
+    """Leaves no room on a disk."""
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            pass
+
+
 def filled(folder: Path, function):
     """The function, called on a disk without room."""
 
     def call(*args, **kwargs):
-        with (folder / "ballast").open("wb", buffering=0) as file:
-            try:
-                while file.write(b"\0" * 4096):
-                    pass
-            except OSError:
-                pass
+        fill(folder)
         return function(*args, **kwargs)
 
     return call
 
 
-def main(values: Path, folder: Path, megabytes: int, moment: str) -> None:
+def mount(folder: Path, megabytes: int) -> None:
+    """Makes a folder a disk of its own."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+
+
+def main(values: Path, folder: Path, megabytes: int, moment: str) -> None:
+    mount(folder, megabytes)
     recipe = make_recipe({**json.loads(values.read_text()), "output_dir": str(folder / "run")})
     trainer = train.FineTuner
     real_save, saves = trainer._save_checkpoint, []

@@ -1,5 +1,7 @@
 """The local Hub, spoken to by the real `huggingface_hub` client over HTTP."""
 
+import hashlib
+import json
 import subprocess
 import sys
 import urllib.error
@@ -18,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_run import HUB_TOKEN
 
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+
+DIGEST = hashlib.sha256(b"something").hexdigest()
 
 
 @pytest.fixture
@@ -189,11 +193,37 @@ def test_a_commit_cannot_write_out_of_the_folder(hub, api, tmp_path):
     assert not list(tmp_path.rglob("escaped"))
 
 
-def test_bytes_that_are_not_what_their_name_says_are_refused(hub, tmp_path):
-    request = urllib.request.Request(f"{hub.endpoint}/lfs/{'0' * 64}", b"something", method="PUT")
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request)
+def upload_address(hub, digest, size):
+    """Where the server wants a large file to be sent."""
+    body = json.dumps({"objects": [{"oid": digest, "size": size}]}).encode()
+    headers = {"Authorization": f"Bearer {HUB_TOKEN}"}
+    request = urllib.request.Request(f"{hub.endpoint}/me/model.git/info/lfs/objects/batch", body, headers)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["objects"][0]["actions"]["upload"]["href"]
+
+
+@pytest.mark.parametrize(
+    "digest, size, other, status",
+    [("0" * 64, 9, "", 400), (DIGEST, 3, "", 413), (DIGEST, 9, "1" * 64, 401)],
+    ids=["another digest", "more than was said", "for another file"],
+)
+def test_a_large_file_that_is_not_the_one_that_was_asked_for_is_refused(
+    hub, api, tmp_path, digest, size, other, status
+):
+    api.create_repo("me/model")
+    address = upload_address(hub, digest, size).replace(digest, other or digest)
+    with pytest.raises(urllib.error.HTTPError, match=str(status)):
+        urllib.request.urlopen(urllib.request.Request(address, b"something", method="PUT"))
     assert not list((tmp_path / "hub" / "blobs").iterdir())
+
+
+def test_a_large_file_goes_only_to_the_address_that_was_handed_out(hub, api, tmp_path):
+    api.create_repo("me/model")
+    address = upload_address(hub, DIGEST, 9)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(urllib.request.Request(address.partition("?")[0], b"something", method="PUT"))
+    urllib.request.urlopen(urllib.request.Request(address, b"something", method="PUT"))
+    assert [path.name for path in (tmp_path / "hub" / "blobs").iterdir()] == [DIGEST]
 
 
 def test_a_download_resumes_where_it_stopped(hub, api, folder):

@@ -11,8 +11,9 @@ from tiny import tiny_config, tiny_model
 from tiny_run import tiny_base, tiny_tokenizer, tiny_values
 
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
+from modeling_deepseek_moe.conversion.engine.beside import without_local_code
 from modeling_deepseek_moe.finetune.errors import UserError
-from modeling_deepseek_moe.finetune.hub.parts import is_beside_weights, without_local_code
+from modeling_deepseek_moe.finetune.hub.parts import is_beside_weights
 from modeling_deepseek_moe.finetune.hub.upload import RECORD
 from modeling_deepseek_moe.finetune.model.chosen_experts import train_chosen
 from modeling_deepseek_moe.finetune.model.esft_adapter import save_esft_adapter

@@ -93,7 +93,7 @@ def test_a_shipped_recipe_needs_only_data_and_a_folder(name):
         ),
         ({"dtype": "fp16"}, "`dtype` is 'fp16': choose one of auto, float32, bfloat16, float16"),
         ({"max_length": 1}, "needs at least 2 tokens"),
-        ({"eval_fraction": 1}, "from 0 to below 1"),
+        ({"eval_fraction": 1}, "it must be 0 at least and below 1"),
         ({"bias_update_speed": 0.001, "lora.targets": "all"}, "set it to 0 to freeze the bias, or set merge: true"),
         (
             {"training.label_smoothing_factor": 0.1},

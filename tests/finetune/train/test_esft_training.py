@@ -239,7 +239,7 @@ def test_another_choice_is_another_run(go, tmp_path):
     [
         ({"lora.targets": ["all"]}, "`lora` and `esft` are two ways"),
         ({"quantization": "nf4"}, "`quantization` is nf4, whose weights are frozen"),
-        ({"esft.top_p": 1.2}, "`esft.top_p` is 1.2: it is a share"),
+        ({"esft.top_p": 1.2}, "`esft.top_p` is 1.2: it must be above 0 and 1 at most"),
         ({"esft.score": "tokens"}, "`esft.score` is 'tokens'"),
         ({"esft.sample_tokens": 0}, "`esft.sample_tokens` is 0"),
         ({"esft.expert": "a.json"}, "unknown recipe key `esft.expert`: did you mean `esft.experts`?"),

@@ -1,0 +1,1 @@
+"""Bad inputs, as data: recipes, models and adapters, calls, requests; `trying.py` tries them."""
