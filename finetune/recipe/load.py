@@ -6,6 +6,7 @@ Nothing is dropped in silence: an unknown key is an error that names the nearest
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -80,7 +81,9 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
         if key not in known:
             raise RecipeError(f"unknown recipe key `{key}`: did you mean `{nearest(str(key), known)}`?")
         target = fields[section] if section in SECTIONS else fields
-        target[name if section in SECTIONS else key] = convert_value(key, value, known[key], (raw or {}).get(key))
+        value = convert_value(key, value, known[key], (raw or {}).get(key))
+        # `~` is the home in every path: no name, number or word begins with it.
+        target[name if section in SECTIONS else key] = os.path.expanduser(value) if isinstance(value, str) else value
     required = [item.name for item in dataclasses.fields(Recipe) if item.default is item.default_factory]
     if missing := [name for name in required if name not in fields]:
         raise RecipeError(f"the recipe lacks `{missing[0]}`: add a line `{missing[0]}: ...` or pass {missing[0]}=...")

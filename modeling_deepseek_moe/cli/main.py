@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.text import Text
 from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
+from .preview import preview
 from .use import TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -40,7 +42,7 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapped(*args: Any, traceback: bool = False, **kwargs: Any) -> None:
         try:
-            verb(*args, **kwargs)
+            verb(*args, **{name: _at_home(value) for name, value in kwargs.items()})
         except UserError as error:
             if traceback:
                 raise
@@ -56,6 +58,11 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
     wrapped.__annotations__ = {**verb.__annotations__, "traceback": _Traceback}
     return wrapped
+
+
+def _at_home(value: Any) -> Any:
+    """An argument whose leading `~` is the user's home; a recipe does the same for its keys."""
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 def _complain(line: str) -> None:
@@ -132,7 +139,7 @@ def experts(
     )
 
 
-for _verb in (evaluate, chat):
+for _verb in (preview, evaluate, chat):
     app.command()(_reported(_verb))
 
 
