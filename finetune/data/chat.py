@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .forms import KINDS, is_text, known_form
-from .messages import BROKEN, MALFORMED, MARK, checked_messages, checked_object, checked_tools, shown
+from .messages import BROKEN, MALFORMED, MARK, checked_messages, checked_object, checked_tools, keys_of, shown
 from .report import CUT_AWAY, TOO_LONG, RowError
 from .templates import THOUGHTS, ChatTemplate
 from .words import Words, words_of
@@ -126,7 +126,7 @@ def _pieces(row: dict[str, Any], words: Words) -> list[tuple[str, bool]]:
     wanted = ("text",) if is_text(row) else ("prompt", "completion")
     for key in wanted:
         if not isinstance(row.get(key), str):
-            found = f"{key!r} is {shown(row[key])}" if key in row else f"this one has {', '.join(row) or 'none'}"
+            found = f"{key!r} is {shown(row[key])}" if key in row else f"this one has {keys_of(row)}"
             raise RowError(f"a row has {KINDS}, as text; {found}", "of no known kind")
     if not row[wanted[-1]].strip():
         raise RowError(f"`{wanted[-1]}` is empty", "empty")

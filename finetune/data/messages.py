@@ -91,7 +91,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(f"the key {ascii(twice)} is there twice: leave one of them out", "a key that is there twice")
+        raise RowError(
+            f"the key {ascii(twice[:60])} is there twice: leave one of them out", "a key that is there twice"
+        )
     return made
 
 
@@ -118,7 +120,7 @@ def _check_texts(value: Any, key: str, depth: int) -> None:
     if depth > DEEPEST:
         raise too_deep()
     if isinstance(value, str) and (found := _NO_TEXT.search(value)):
-        where = f"{key!r} has " if key else "there is "
+        where = f"{key[:60]!r} has " if key else "there is "
         code = ord(found[0])
         if 0xDC80 <= code <= 0xDCFF:  # also what Python makes of a byte that is no UTF-8
             what = f"half a character (U+{code:04X}, or the byte 0x{code - 0xDC00:02X}, which is not UTF-8)"
@@ -132,6 +134,11 @@ def _check_texts(value: Any, key: str, depth: int) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_texts(item, key, depth + 1)
+
+
+def keys_of(row: dict[str, Any]) -> str:
+    """The keys of a row, for an error."""
+    return ", ".join(key if key.isprintable() else ascii(key) for key in row)[:200] or "none"
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:

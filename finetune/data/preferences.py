@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import IGNORED, cut_away, first_tokens, too_long
 from .forms import known_form
-from .messages import checked_messages, checked_object
+from .messages import checked_messages, checked_object, keys_of
 from .report import RowError
 from .words import words_of
 
@@ -64,7 +64,7 @@ def _as_learned(row: dict[str, Any]) -> list[dict[str, Any]]:
                 raise RowError(f"`{side}` is empty", "empty")
         return [{"prompt": prompt, "completion": row[side]} for side in _SIDES]
     if any(side not in row for side in _SIDES) or isinstance(prompt, str):
-        raise RowError(f"{_FORMS}; this one has {', '.join(row) or 'none'}", "of no known kind")
+        raise RowError(f"{_FORMS}; this one has {keys_of(row)}", "of no known kind")
     before = checked_messages(prompt, "prompt") if prompt else []
     talks = []
     for side in _SIDES:

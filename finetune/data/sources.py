@@ -36,7 +36,7 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
         return lambda: file_rows(path), "" if streaming else path_digest(path)
     if os.path.isdir(source):
         return _open_folder(path, split, streaming)
-    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") or source.startswith((".", "/", "~")):
+    if is_rows_file(path) or source.startswith((".", "/", "~")):
         raise UserError(f"data {source!r} does not exist: give the path of {_NAMES}")
     try:
         data = datasets.load_dataset(source, split=split, streaming=streaming)

@@ -28,6 +28,8 @@ BAD_LINES = {
     "null": (b"null", "no JSON object"),
     "nothing in it": (b"{}", "of no known kind"),
     "unknown keys": (_row(txt="w1"), "of no known kind"),
+    "keys that would steer a terminal": (rb'{"\u001b[31m\n": 1}', "of no known kind"),
+    "200 kB of a key": (_row(**{"a" * 200_000: 1}), "of no known kind"),
     "text that is a number": (_row(text=5), "of no known kind"),
     "text that is a list": (_row(text=["w1"]), "of no known kind"),
     "prompt alone": (_row(prompt="w1"), "of no known kind"),
@@ -48,6 +50,8 @@ BAD_LINES = {
     "100,000 objects deep": (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     "tools 100,000 deep": (_row(messages=[USER, ANSWER], tools="[" * 100_000), "nested too deeply"),
     "a key twice": (b'{"text": "w1", "text": "w2"}', "a key that is there twice"),
+    "a long key twice": (b'{"' + b"a" * 2000 + b'": 1, "' + b"a" * 2000 + b'": 1}', "a key that is there twice"),
+    "a surrogate behind a long key": (b'{"' + b"a" * 2000 + rb'": "\ud800"}', "no text in Unicode"),
     "a key of a message twice": (
         b'{"messages": [{"role": "user", "role": "assistant", "content": "w1"}]}',
         "a key that is there twice",
