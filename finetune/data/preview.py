@@ -126,13 +126,17 @@ def _passage(
     """The text of token ids, marked by what is learned and what is a control token: by colours, or by brackets."""
     control = words_of(tokenizer, recipe.split_special_tokens).control_ids
     passage, was_learned, end, before = Text(), False, 0, ""
-    for (is_learned, is_control), run in itertools.groupby(
+
+    def text_of(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    for (is_learned, control_id), run in itertools.groupby(
         zip(learned, ids, strict=True), key=lambda pair: (pair[0], pair[1] if pair[1] in control else None)
     ):
-        end += len(list(run))
+        start, end = end, end + len(list(run))
         # With what precedes it: some tokenizers leave out the space that a text begins with.
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        piece, before = text[len(before) :] if text.startswith(before) else text, text
+        text = text_of(ids[:end])
+        piece, before = text[len(before) :] if text.startswith(before) else text_of(ids[start:end]), text
         piece = _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], piece)
         if len(piece) > _HEAD + _TAIL + 100 and not full:
             left_out = len(piece) - _HEAD - _TAIL
@@ -140,11 +144,10 @@ def _passage(
         if plain:
             passage.append("]]" if was_learned and not is_learned else "")
             passage.append("[[" if is_learned and not was_learned else "")
-            passage.append(
-                piece.replace(piece.strip(), f"{{{piece.strip()}}}", 1) if is_control is not None else piece
-            )
+            name = piece.strip()
+            passage.append(piece if control_id is None else piece.replace(name, f"{{{name}}}", 1))
         else:
-            passage.append(piece, _style(is_learned, is_control is not None))
+            passage.append(piece, _style(is_learned, control_id is not None))
         was_learned = is_learned
     return passage.append("]]" if plain and was_learned else "")
 
