@@ -161,8 +161,11 @@ def _end_of_item(text: str, place: int) -> int:
 def _csv_rows(file: BinaryIO, delimiter: str, path: Path) -> Rows:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of the whole process; 128 KiB by default, less than many texts
     # A byte that is no UTF-8 becomes half a character, which makes its row a bad one.
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        yield from _table_rows(csv.reader(lines, delimiter=delimiter, strict=True), path)
+
+
+def _table_rows(reader: Any, path: Path) -> Rows:
     names, line = None, 1
     while True:
         where, row = f"line {line}", None
