@@ -41,6 +41,8 @@ BORROWED = (
     Borrowed("torch.nn.parallel.distributed", "._ddp_params_and_buffers_to_ignore", "four-bit weights are not sent"),
     # Data, evaluation and the Hub.
     Borrowed("datasets.arrow_dataset", "._fingerprint", "tells one state of a data set of the Hub from another"),
+    Borrowed("datasets.data_files", "get_data_patterns", "which files of a folder are which split", ("base_path",)),
+    Borrowed("datasets.data_files", "DataFilesDict.from_patterns", "the same", ("patterns", "base_path")),
     Borrowed("lm_eval.models.huggingface", "HFLM.tok_encode", "BOS once", ("string", "add_special_tokens")),
     Borrowed("lm_eval.models.huggingface", "HFLM.tok_batch_encode", "BOS once", ("strings",)),
     Borrowed("lm_eval.models.huggingface", "HFLM.loglikelihood_rolling", "BOS once", ("requests", "disable_tqdm")),
@@ -189,3 +191,16 @@ def is_replica(module: nn.Module) -> bool:
 def fingerprint(data: Any) -> str:
     """A string that changes with the rows of a data set."""
     return data._fingerprint
+
+
+def files_of_splits(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by the splits that their names say, as `datasets.load_dataset` has it; empty for none."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    base = str(folder.absolute())
+    try:
+        patterns = get_data_patterns(base)
+    except EmptyDatasetError:
+        return {}
+    found = DataFilesDict.from_patterns(patterns, base_path=base)
+    return {str(split): [Path(path) for path in paths] for split, paths in found.items()}

@@ -4,43 +4,77 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import MALFORMED, checked_messages, checked_object, checked_tools, shown
+from .forms import KINDS, is_text, known_form
+from .messages import BROKEN, MALFORMED, MARK, checked_messages, checked_object, checked_tools, keys_of, shown
 from .report import CUT_AWAY, TOO_LONG, RowError
 from .templates import THOUGHTS, ChatTemplate
+from .words import Words, words_of
 
 IGNORED = -100
-_MARK = "\ue000"  # a character of Unicode's private use area: in no text
 
 
-def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+def encode(
+    row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, split_special_tokens: bool = True
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of one row, at most `max_length` of each.
+
+    Args:
+        split_special_tokens: control tokens in what the row says are text (`words.py`).
 
     Raises:
         RowError: nothing can be learned from the row, or the chat template refuses it.
     """
-    ids, labels = encode_whole(row, tokenizer)
+    ids, labels, _ = first_tokens(row, words_of(tokenizer, split_special_tokens), max_length)
     return ids[:max_length], labels[:max_length]
 
 
-def encode_whole(row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_whole(
+    row: Any, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of one row, however long; errors are those of `encode`."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids, labels, last = [], [], None
-    for text, learned in _pieces(row, tokenizer):
-        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += piece
-        labels += piece if learned else [IGNORED] * len(piece)
-        last = (learned, piece) if piece else last
-    if bos is not None and (ids[:1] == [bos] or row.get("messages") is None):
-        start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        ids, labels = [bos, *ids[start:]], [IGNORED, *labels[start:]]
-    if eos is not None and last and last[0] and eos not in last[1]:
-        ids, labels = [*ids, eos], [*labels, eos]
+    ids, labels, _ = first_tokens(row, words_of(tokenizer, split_special_tokens), None)
     return ids, labels
 
 
+def first_tokens(row: Any, words: Words, max_length: int | None) -> tuple[list[int], list[int], bool]:
+    """Token ids and labels of a row, and whether these are all: of one longer than `max_length` more than so many."""
+    row, _ = known_form(checked_object(row))
+    pieces = _pieces(row, words)
+    words.rows_as_text += any(BROKEN in text for text, _ in pieces)
+    tokenizer, by_template = words.tokenizer, "messages" in row
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids, labels, last, whole = [], [], None, True
+    for text, learned in pieces:
+        room = None if max_length is None else max_length + 1 - len(ids)
+        if room is not None and room <= 0:
+            whole = False
+            break
+        piece, is_all = words.ids(text, room)
+        ids += piece
+        labels += piece if learned else [IGNORED] * len(piece)
+        last = (learned, piece) if piece else last
+        whole = whole and is_all
+    if bos is not None and (ids[:1] == [bos] or not by_template):
+        start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+        if not whole and len(ids) - start < max_length:  # BOS again and again
+            return first_tokens(row, words, None)
+        ids, labels = [bos, *ids[start:]], [IGNORED, *labels[start:]]
+    if whole and eos is not None and last and last[0] and not _ends(last[1], tokenizer, by_template and words.splits):
+        ids, labels = [*ids, eos], [*labels, eos]
+    return ids, labels, whole
+
+
+def _ends(ids: list[int], tokenizer: PreTrainedTokenizerBase, by_template: bool) -> bool:
+    """Whether an answer has EOS at its end: one that the template wrote, or one behind which nothing stands."""
+    eos = tokenizer.eos_token_id
+    if eos not in ids or by_template:
+        return eos in ids
+    behind = ids[len(ids) - ids[::-1].index(eos) :]
+    return not tokenizer.decode(behind).strip()
+
+
 def encode_fitting(
-    row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, long_rows: str
+    row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, long_rows: str, split_special_tokens: bool = True
 ) -> tuple[list[dict[str, list[int]]], str | None]:
     """A row's `input_ids` and `labels`, none longer than `max_length`, and "cut" or "split" if it had to be.
 
@@ -50,13 +84,15 @@ def encode_fitting(
     Raises:
         RowError: nothing can be learned from the row; with `long_rows` "skip" or "stop", also that it is too long.
     """
-    ids, labels = encode_whole(row, tokenizer)
+    splits = long_rows == "split" and is_text(row)
+    words = words_of(tokenizer, split_special_tokens)
+    ids, labels, whole = first_tokens(row, words, None if splits else max_length)
     made = None
-    if len(ids) <= max_length:
+    if len(ids) <= max_length and whole:
         parts = [(ids, labels)]
     elif long_rows in ("skip", "stop"):
-        raise too_long(len(ids), max_length)
-    elif long_rows == "split" and row.get("messages") is None and row.get("completion") is None:
+        raise too_long(max_length)
+    elif splits:
         starts, made = range(0, len(ids) - 1, max_length - 1), "split"
         parts = [(ids[i : i + max_length], labels[i : i + max_length]) for i in starts]
     else:
@@ -71,9 +107,9 @@ def encode_fitting(
     return parts, made
 
 
-def too_long(length: int, max_length: int) -> RowError:
-    """The error of a row of `length` tokens."""
-    return RowError(f"the row has {length} tokens, more than max_length={max_length}", TOO_LONG)
+def too_long(max_length: int) -> RowError:
+    """The error of a row that is longer."""
+    return RowError(f"the row has more tokens than max_length={max_length}", TOO_LONG)
 
 
 def cut_away(max_length: int) -> RowError:
@@ -81,37 +117,33 @@ def cut_away(max_length: int) -> RowError:
     return RowError(f"cut to max_length={max_length}, the row has nothing left to learn", CUT_AWAY)
 
 
-def _pieces(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The row's text in order, each piece with whether it is learned."""
-    row = checked_object(row)
+def _pieces(row: dict[str, Any], words: Words) -> list[tuple[str, bool]]:
+    """The row's text in order, each piece with whether it is learned; control tokens in it as `words` has them."""
     if "messages" in row:
-        return _chat_pieces(checked_messages(row["messages"]), row.get("tools"), tokenizer)
-    wanted = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
+        messages = words.escaped_messages(checked_messages(row["messages"]))
+        template = ChatTemplate(words.tokenizer, words.escaped_tools(checked_tools(row.get("tools"))))
+        return _chat_pieces(messages, template)
+    wanted = ("text",) if is_text(row) else ("prompt", "completion")
     for key in wanted:
         if not isinstance(row.get(key), str):
-            found = f"{key!r} is {shown(row[key])}" if key in row else f"this one has {', '.join(row) or 'none'}"
-            raise RowError(
-                f"a row has `messages`, `prompt` and `completion`, or `text`, as text; {found}", "of no known kind"
-            )
+            found = f"{key!r} is {shown(row[key])}" if key in row else f"this one has {keys_of(row)}"
+            raise RowError(f"a row has {KINDS}, as text; {found}", "of no known kind")
     if not row[wanted[-1]].strip():
         raise RowError(f"`{wanted[-1]}` is empty", "empty")
-    return [(row[key], key != "prompt") for key in wanted]
+    return [(words.escaped_text(row[key]), key != "prompt") for key in wanted]
 
 
-def _chat_pieces(
-    messages: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, bool]]:
+def _chat_pieces(messages: list[dict[str, Any]], template: ChatTemplate) -> list[tuple[str, bool]]:
     turns = _learned_turns(messages)
     messages = [{key: value for key, value in m.items() if key not in ("mask", "weight")} for m in messages]
-    template = ChatTemplate(tokenizer, checked_tools(tools))
     messages, render = template.fitted(messages, turns), template.render
 
     def opening(turn: int) -> tuple[str | None, str]:
         """What a transcript has before and after what a turn says; None if it does not show that."""
         said = {"content", *(messages[turn].keys() & THOUGHTS)}
         before, mark, after = render(
-            [*messages[:turn], {**messages[turn], **dict.fromkeys(said, _MARK)}],
-        ).partition(_MARK)
+            [*messages[:turn], {**messages[turn], **dict.fromkeys(said, MARK)}],
+        ).partition(MARK)
         return (before if mark else None), after
 
     whole, pieces, done = render(messages), [], 0

@@ -6,16 +6,22 @@ may be text, whose nulls stay.
 """
 
 import json
+import re
 from typing import Any
 
 from .report import RowError
 
+# Noncharacters, which Unicode keeps for such use inside a program. No row has one (`checked_object`).
+REAL, BROKEN, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
+_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
+DEEPEST = 100  # lists and objects within each other
 MALFORMED = "malformed messages"
 _KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 def checked_object(row: Any) -> dict[str, Any]:
-    """The row without its nulls; a RowError if it is no JSON object."""
+    """The row without its nulls; a RowError if it is no JSON object, too deep, or holds what is no text."""
+    _check_texts(row, "", 0)
     if not isinstance(row, dict):
         raise RowError(f"a row is a JSON object, not {shown(row)}", "no JSON object")
     return without_nulls(row)
@@ -53,9 +59,45 @@ def read_json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = parse_json(value)
+    except RowError as error:
+        raise RowError(f"`{name}`: {error}", error.reason) from None
     except ValueError as error:
         raise RowError(f"`{name}` is text but not JSON ({error}): {shown(value)}", f"`{name}` is not JSON") from error
+    _check_texts(found, name, 0)
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is not JSON.
+        RowError: it has a key twice, or is too deep to be read.
+    """
+    try:
+        return json.loads(text, **JSON_OPTIONS)
+    except RecursionError:
+        raise too_deep() from None
+
+
+def too_deep() -> RowError:
+    """The error of a row that has more lists and objects within each other than are read."""
+    return RowError(f"lists and objects are nested more than {DEEPEST} deep", "nested too deeply")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(
+            f"the key {ascii(twice[:60])} is there twice: leave one of them out", "a key that is there twice"
+        )
+    return made
+
+
+JSON_OPTIONS = {"object_pairs_hook": _once}
 
 
 def without_nulls(value: Any) -> Any:
@@ -72,6 +114,31 @@ def kind(value: Any) -> str:
 def shown(value: Any) -> str:
     """The beginning of a value, for an error."""
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
+def _check_texts(value: Any, key: str, depth: int) -> None:
+    if depth > DEEPEST:
+        raise too_deep()
+    if isinstance(value, str) and (found := _NO_TEXT.search(value)):
+        where = f"{key[:60]!r} has " if key else "there is "
+        code = ord(found[0])
+        if 0xDC80 <= code <= 0xDCFF:  # also what Python makes of a byte that is no UTF-8
+            what = f"half a character (U+{code:04X}, or the byte 0x{code - 0xDC00:02X}, which is not UTF-8)"
+        else:
+            what = f"half a character (U+{code:04X})" if code < 0xE000 else f"U+{code:04X}, which Unicode keeps out"
+        raise RowError(f"{where}{what}: it is no text", "no text in Unicode")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(name, "", depth)
+            _check_texts(item, key or str(name), depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item, key, depth + 1)
+
+
+def keys_of(row: dict[str, Any]) -> str:
+    """The keys of a row, for an error."""
+    return ", ".join(key if key.isprintable() else ascii(key) for key in row)[:200] or "none"
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import UserError
 from ..files import write_text
@@ -18,6 +19,11 @@ from ..files import write_text
 REPORT = "data_report.json"
 TOO_LONG, CUT_AWAY = "longer than max_length", "nothing to learn is left after the cut"
 _SHOWN = 5
+_OURS = ("messages", "prompt and completion", "text", "preferences")
+_AS_TEXT = (
+    "with control tokens in the text, read as text\n[dim]`split_special_tokens: false` makes them what they are called"
+    "[/dim]"
+)
 
 
 class RowError(UserError):
@@ -37,6 +43,8 @@ class RowReport:
         read, kept: rows; a row that was split counts once.
         cut, split: rows longer than the context, of those kept.
         tokens, learned_tokens: how many are in the rows kept, after the cut.
+        kinds: what the rows kept were -> how many of them (`forms.py`).
+        control_tokens: rows kept in whose text control tokens stand, which were read as text.
         left_out: reason -> number of `rows`, where the `first` of them are, and the `message` of the first.
         complete: whether the source was read to its end.
     """
@@ -48,6 +56,8 @@ class RowReport:
     split: int = 0
     tokens: int = 0
     learned_tokens: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    control_tokens: int = 0
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
 
@@ -64,15 +74,23 @@ class RowReport:
             setattr(self, item.name, getattr(other, item.name))
 
     def show(self) -> None:
-        """Prints a table of what was cut and left out; nothing if every row was used as it is."""
-        if not (self.cut or self.split or self.left_out):
+        """Prints what the rows were read as, if not one kind of ours, and a table of what was not used as it is."""
+        if len(self.kinds) > 1 or any(kind not in _OURS for kind in self.kinds):
+            counts = sorted(self.kinds.items(), key=lambda item: -item[1])
+            read_as = ", ".join(f"{count:,} {kind}" for kind, count in counts) if len(counts) > 1 else counts[0][0]
+            Console().print(Text(f"Rows of {self.source}: read as {read_as}"), soft_wrap=True)
+        if not (self.cut or self.split or self.control_tokens or self.left_out):
             return
         table = Table(
             title=escape(f"Rows of {self.source}: {self.kept:,} of {self.read:,} used"), title_justify="left"
         )
         for name in ("rows", "what", "which"):
             table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
-        for count, what in ((self.cut, "cut to max_length"), (self.split, "split at max_length")):
+        for count, what in (
+            (self.cut, "cut to max_length"),
+            (self.split, "split at max_length"),
+            (self.control_tokens, _AS_TEXT),
+        ):
             if count:
                 table.add_row(f"{count:,}", what, "")
         for reason, entry in sorted(self.left_out.items(), key=lambda item: -item[1]["rows"]):

@@ -1,6 +1,7 @@
 """Training rows to token ids and labels.
 
-A row is a JSON object (a line of a JSONL file, or a row of a Hub data set) of one of three kinds:
+A row is a JSON object (of a file, `files.py`, or of a Hub data set) of one of three kinds, or of one that becomes such
+(Alpaca's and ShareGPT's, `forms.py`):
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}   learns the assistant's turns
     {"prompt": ..., "completion": ...}                                             learns the completion
@@ -11,6 +12,10 @@ and no row has BOS twice. Where learning ends a row, EOS follows, unless the row
 part is tokenized apart from what precedes it, so the model sees the prompt's tokens exactly as when it will generate.
 An assistant's message with `mask: 1` (as in ESFT's data) or `weight: 0` is not learned. A thought that the template
 leaves out of a transcript (DeepSeek-R1's `<think>`) is learned in the last answer, after the prompt for generation.
+
+Control tokens in what a row says are text, whatever its kind: who writes a text does not thereby end it, or speak in
+another's turn. What a template was put into before has them for good; for such rows `split_special_tokens` is false.
+`words.py` says which tokens these are.
 
 Content may be a list of text parts, `tools` and arguments of tool calls JSON text (`messages.py`). Tool calls take the
 form that the template shows, and what it does not show of tools, calls and thoughts makes a row bad (`templates.py`).
@@ -42,16 +47,20 @@ from ..errors import UserError
 from ..files import write_text
 from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
+from .forms import known_form
 from .held_out import DOCUMENT, hold_out
+from .messages import checked_object
 from .packing import pack
 from .preferences import encode_preference
 from .report import CUT_AWAY, TOO_LONG, RowError, RowReport, save_report
 from .sources import open_rows
+from .words import words_of
 
 __all__ = ["IGNORED", "RunRows", "encode", "load_data", "recipe_rows"]
 
 _ENCODERS = {"learn": encode_fitting, "prefer": encode_preference}
 _COLUMNS = {"learn": ("input_ids", "labels"), "prefer": ("prompt_ids", "chosen_ids", "rejected_ids")}
+_FORMAT = 2  # of what the same rows become; counts up where that changes, so that older caches are not taken for it
 _SHUFFLED = 1000  # rows of a stream that are shuffled at a time
 
 
@@ -64,6 +73,7 @@ class Reading:
     long_rows: str = "cut"
     bad_rows: str = "stop"
     kind: str = "learn"
+    split_special_tokens: bool = True
 
     @property
     def features(self) -> datasets.Features:
@@ -88,7 +98,7 @@ class Reading:
             code = inspect.getsource(inspect.getmodule(type(tokenizer)))
             words = json.dumps([tokenizer.get_vocab(), code], sort_keys=True)
         rules = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.kind, self.max_length]
-        rules += [self.long_rows, self.bad_rows, *self.kept_features]
+        rules += [self.long_rows, self.bad_rows, self.split_special_tokens, _FORMAT, *self.kept_features]
         return hashlib.sha256("\0".join([mark, words, json.dumps(rules)]).encode()).hexdigest()
 
 
@@ -107,17 +117,17 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     cache_dir: str | os.PathLike[str],
-    **rules: str,
+    **rules: Any,
 ) -> datasets.Dataset:
-    """Rows of a JSONL file or of a Hub data set as `input_ids` and `labels` (-100 where nothing is learned).
+    """Rows of a file, a folder or a Hub data set as `input_ids` and `labels` (-100 where nothing is learned).
 
     Args:
-        source: path of a JSONL file, else the Hub name of a data set.
-        split: which split of a Hub data set.
+        source: path of a file or a folder, else the Hub name of a data set.
+        split: which split of a folder or a Hub data set.
         tokenizer: needs a chat template where rows have `messages`.
         max_length: longer rows are cut; a row with nothing to learn in what is left is left out, as a table says.
         cache_dir: folder in which the tokenized rows are kept for the next call with the same arguments.
-        rules: `long_rows` and `bad_rows` as in `Recipe`, "cut" and "stop" by default.
+        rules: `long_rows`, `bad_rows` and `split_special_tokens` as in `Recipe`, with the same defaults.
 
     Raises:
         UserError: no such file or data set, no rows; or a row that ends the reading by these rules, with its line.
@@ -130,8 +140,7 @@ def load_data(
 def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RunRows:
     """A recipe's rows. What was cut or left out is shown, and kept in the folder's `data_report.json`."""
     cache = folder / "data"
-    kind = "prefer" if recipe.dpo else "learn"
-    reading = Reading(tokenizer, recipe.max_length, recipe.long_rows, recipe.bad_rows, kind)
+    reading = reading_of(recipe, tokenizer)
     reports, held_out = {}, None
     if recipe.eval_data:
         held_out, reports["eval_data"] = _load(recipe.eval_data, recipe.eval_split, reading, cache)
@@ -156,6 +165,12 @@ def recipe_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
         packed = len(train) if recipe.packing else None
         save_report(reports, folder, train_rows=rows, packed_into=packed, eval_rows=len(held_out) if held_out else 0)
     return RunRows(train, held_out)
+
+
+def reading_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """How a recipe's rows are read."""
+    rules = {name: getattr(recipe, name) for name in ("max_length", "long_rows", "bad_rows", "split_special_tokens")}
+    return Reading(tokenizer, kind="prefer" if recipe.dpo else "learn", **rules)
 
 
 class KeepReport(TrainerCallback):
@@ -230,27 +245,42 @@ def _token_rows(
     rows: Iterable[tuple[str, Any]], reading: Reading, report: RowReport
 ) -> Iterator[dict[str, list[int]]]:
     for where, row in rows:
-        report.read += 1
-        try:
-            if isinstance(row, RowError):
-                raise row
-            encoded, made = _ENCODERS[reading.kind](row, reading.tokenizer, reading.max_length, reading.long_rows)
-        except RowError as error:
-            if error.reason == TOO_LONG and reading.long_rows == "stop":
-                raise UserError(f"{report.source}, {where}: {error}; `long_rows: cut` or `skip` goes on") from error
-            if error.reason not in (TOO_LONG, CUT_AWAY) and reading.bad_rows == "stop":
-                raise UserError(f"{report.source}, {where}: {error} (`bad_rows: skip` goes on without)") from error
-            report.leave_out(where, error)
-            continue
-        report.kept += 1
-        report.cut += made == "cut"
-        report.split += made == "split"
-        for part in encoded:
-            answers = [part[name] for name in ("labels", "chosen_ids", "rejected_ids") if name in part]
-            report.tokens += sum(len(ids) for name, ids in part.items() if name != "labels")
-            report.learned_tokens += sum(label != IGNORED for ids in answers for label in ids)
-            yield part
+        yield from encode_row(where, row, reading, report)
     report.complete = True
     if not report.kept:
         report.show()
         raise UserError(f"data {report.source!r} has no rows to learn from (max_length={reading.max_length})")
+
+
+def encode_row(where: str, row: Any, reading: Reading, report: RowReport) -> list[dict[str, list[int]]]:
+    """The rows of token ids that a row becomes, none if it is left out; the report counts it.
+
+    Raises:
+        UserError: the row ends the reading.
+    """
+    report.read += 1
+    words = words_of(reading.tokenizer, reading.split_special_tokens)
+    as_text = words.rows_as_text
+    try:
+        if isinstance(row, RowError):
+            raise row
+        row, kind = known_form(checked_object(row))
+        rules = (reading.max_length, reading.long_rows, reading.split_special_tokens)
+        encoded, made = _ENCODERS[reading.kind](row, reading.tokenizer, *rules)
+    except RowError as error:
+        if error.reason == TOO_LONG and reading.long_rows == "stop":
+            raise UserError(f"{report.source}, {where}: {error}; `long_rows: cut` or `skip` goes on") from error
+        if error.reason not in (TOO_LONG, CUT_AWAY) and reading.bad_rows == "stop":
+            raise UserError(f"{report.source}, {where}: {error} (`bad_rows: skip` goes on without)") from error
+        report.leave_out(where, error)
+        return []
+    report.kept += 1
+    report.kinds[kind] = report.kinds.get(kind, 0) + 1
+    report.control_tokens += words.rows_as_text > as_text
+    report.cut += made == "cut"
+    report.split += made == "split"
+    for part in encoded:
+        answers = [part[name] for name in ("labels", "chosen_ids", "rejected_ids") if name in part]
+        report.tokens += sum(len(ids) for name, ids in part.items() if name != "labels")
+        report.learned_tokens += sum(label != IGNORED for ids in answers for label in ids)
+    return encoded

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserError, first_line
-from .messages import read_json
+from .messages import MARK, read_json
 from .report import RowError
 from .time_limit import TimeLimit, time_limit
 
@@ -19,7 +19,6 @@ logger = logging.get_logger(__name__)
 _Message = dict[str, Any]
 _REFUSED = "refused by the template"
 _SECONDS = 10  # of computing, for one text
-_MARK = "\ue000"  # of Unicode's private use area: in no text
 
 # Keys that hold an answer's thought, by different sources of data.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -173,7 +172,7 @@ class ChatTemplate:
             as_text = _try(lambda: self.render([*before, {**message, "content": str(None)}]))
             if self.render([*before, message]) == as_text:
                 raise RowError("the chat template writes a `content` of null as text", _REFUSED)
-        if message.get("content") and _MARK not in self.render([*before, {**message, "content": _MARK}]):
+        if message.get("content") and MARK not in self.render([*before, {**message, "content": MARK}]):
             raise _lost("content", " of a message that has `tool_calls`, too")
         probed, probes = _probed(message["tool_calls"])
         if not probes:

@@ -6,6 +6,7 @@ Nothing is dropped in silence: an unknown key is an error that names the nearest
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -85,7 +86,8 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
         value = convert_value(key, value, known[key], (raw or {}).get(key))
         check_text(key, value)
         check_number(key, value)
-        target[name if section in SECTIONS else key] = value
+        # `~` is the home in every path: no name, number or word begins with it.
+        target[name if section in SECTIONS else key] = os.path.expanduser(value) if isinstance(value, str) else value
     required = [item.name for item in dataclasses.fields(Recipe) if item.default is item.default_factory]
     if missing := [name for name in required if name not in fields]:
         raise RecipeError(f"the recipe lacks `{missing[0]}`: add a line `{missing[0]}: ...` or pass {missing[0]}=...")

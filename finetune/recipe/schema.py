@@ -12,14 +12,17 @@ class Recipe:
 
     Attributes:
         model: local folder or Hub name of the model to start from.
-        data: training rows: a local JSONL file, or the Hub name of a data set (`data/rows.py` says which rows).
+        data: training rows: a local file (JSONL, a JSON array, CSV, Parquet) or a folder of such, or the Hub name of a
+            data set (`data/rows.py` says which rows).
         output_dir: folder for checkpoints and results; the same recipe run again resumes in it.
         eval_data: rows to measure the loss on; without it, `eval_fraction` of the training rows is held out.
         eval_fraction: share of `data` to hold out, 0 for none.
-        data_split, eval_split: which split of a Hub data set.
+        data_split, eval_split: which split of a folder or a Hub data set.
         max_length: longer rows are cut to this many tokens, or what `long_rows` says.
         long_rows: what to do with rows longer than that: cut, split (`text` goes on in further rows), skip or stop.
         bad_rows: what to do with a row that cannot be read: stop or skip; skipped ones are counted and shown.
+        split_special_tokens: control tokens that stand in the text of a row (`<｜User｜>`, EOS) are text, as for a
+            tokenizer; false makes them what they are called, for rows that a chat template was put into already.
         packing: put several training rows into one sequence of `max_length` tokens, none of which sees another.
         streaming: read the rows while training instead of before; needs `eval_data` and `training.max_steps`.
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
@@ -55,6 +58,7 @@ class Recipe:
     max_length: int = 2048
     long_rows: Literal["cut", "split", "skip", "stop"] = "cut"
     bad_rows: Literal["stop", "skip"] = "stop"
+    split_special_tokens: bool = True
     packing: bool = False
     streaming: bool = False
     text_only: bool = False

@@ -30,7 +30,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RecipeError, UserError
-from ..files import file_digest, read_object, remove, write_text
+from ..files import path_digest, read_object, remove, write_text
 from ..recipe.load import dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 from .checkpoints import sound_checkpoint, unfinished_checkpoints
@@ -283,8 +283,8 @@ def _is_finished(folder: Path, recipe: Recipe, marks: dict[str, str], summary: d
 
 
 def _digest(source: str) -> str:
-    """SHA-256 of a local file's bytes, empty for a Hub name."""
-    return file_digest(Path(source)) if Path(source).is_file() else ""
+    """SHA-256 of the bytes of a local file or folder, empty for a Hub name."""
+    return path_digest(Path(source)) if Path(source).exists() else ""
 
 
 def _move_away(folder: Path) -> None:

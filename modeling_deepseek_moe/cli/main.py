@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.text import Text
 from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
+from .preview import preview
 from .use import TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -41,8 +43,7 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapped(*args: Any, traceback: bool = False, **kwargs: Any) -> None:
         try:
-            _check_homes(kwargs)
-            verb(*args, **kwargs)
+            verb(*args, **{name: _at_home(value) for name, value in kwargs.items()})
         except UserError as error:
             if traceback:
                 raise
@@ -65,13 +66,14 @@ def _reported(verb: Callable[..., Any]) -> Callable[..., None]:
     return wrapped
 
 
-def _check_homes(arguments: dict[str, Any]) -> None:
-    for value in arguments.values():
-        if isinstance(value, str | Path) and str(value).startswith("~"):
-            try:
-                Path(value).expanduser()
-            except RuntimeError as error:
-                raise UserError(f"{value}: there is no such user: write the path out") from error
+def _at_home(value: Any) -> Any:
+    """An argument whose leading `~` is the user's home; a recipe does the same for its keys."""
+    if not isinstance(value, str | Path):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"{value}: there is no such user: write the path out")
+    return type(value)(path)
 
 
 def _complain(line: str) -> None:
@@ -148,7 +150,7 @@ def experts(
     )
 
 
-for _verb in (evaluate, chat):
+for _verb in (preview, evaluate, chat):
     app.command()(_reported(_verb))
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError, DeepseekMoeForCausalLM
 from modeling_deepseek_moe.cli.main import app
 from modeling_deepseek_moe.conversion import ConversionError
+from modeling_deepseek_moe.errors import UserError
 
 
 @pytest.mark.parametrize("part", ["experts.3.down_proj", "shared_experts.up_proj", "gate"])
@@ -67,9 +68,9 @@ def test_data_without_text_or_tokenizer_is_refused_before_anything_is_written(ll
         ("none.txt", "is not a file"),
         ("empty.txt", "no two tokens"),
         ("latin.txt", "not text in UTF-8"),
-        ("half.jsonl", "a line that is not JSON"),
+        ("half.jsonl", "half.jsonl, line 1: not JSON"),
     ]:
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(UserError, match=message):
             upcycled(source, tmp_path / "target", data=tmp_path / name)
     assert not (tmp_path / "target").exists()
 

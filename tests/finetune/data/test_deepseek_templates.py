@@ -87,7 +87,7 @@ def test_text_gets_the_bos_that_transformers_leaves_out(request, name, hello):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert tokenizer("Hello, world!")["input_ids"] == hello
     for text in ("Hello, world!", f"{tokenizer.bos_token}Hello, world!"):
-        assert encode({"text": text}, tokenizer, 100) == ([bos, *hello, eos], [IGNORED, *hello, eos])
+        assert encode({"text": text}, tokenizer, 100, False) == ([bos, *hello, eos], [IGNORED, *hello, eos])
 
 
 def test_r1s_ids_are_those_of_an_implementation_apart(r1):

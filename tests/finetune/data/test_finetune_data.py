@@ -24,10 +24,10 @@ def words(tokenizer, ids):
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-def encoded(row, tokenizer=None, max_length=64):
+def encoded(row, tokenizer=None, max_length=64, **rules):
     """The row's tokens, and those of them that are learned, as text."""
     tokenizer = tokenizer or tiny_tokenizer()
-    ids, labels = encode(row, tokenizer, max_length)
+    ids, labels = encode(row, tokenizer, max_length, **rules)
     assert len(ids) == len(labels)
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
     return words(tokenizer, ids), words(tokenizer, [label for label in labels if label != IGNORED])
@@ -61,7 +61,7 @@ def test_each_kind_of_row_learns_its_part(row, tokens, learned):
 
 @pytest.mark.parametrize("text", ["w1", "<s> w1", "<s> <s> w1", "<s> w1 </s>"])
 def test_bos_stands_exactly_once_and_eos_ends_the_row(text):
-    assert encoded({"text": text})[0] == "<s> w1 </s>"
+    assert encoded({"text": text}, split_special_tokens=False)[0] == "<s> w1 </s>"
 
 
 def test_a_template_without_bos_is_left_as_it_will_be_prompted():
@@ -219,6 +219,7 @@ def test_rows_of_a_hub_data_set_are_read_by_name(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["<s> <user> w1 w2 <bot> w3 w4 </s>", "<s> w1 </s>"]
-    assert "cannot load data 'me/absent', split 'train': " in lines[2]
-    assert "cannot load data 'me/rows', split 'test': " in lines[3]
+    assert lines[0] == "Rows of me/rows: read as 1 messages, 1 text"
+    assert lines[1:3] == ["<s> <user> w1 w2 <bot> w3 w4 </s>", "<s> w1 </s>"]
+    assert "cannot load data 'me/absent', split 'train': " in lines[3]
+    assert "cannot load data 'me/rows', split 'test': " in lines[4]

@@ -9,6 +9,7 @@ from modeling_deepseek_moe.finetune.data import chat, templates
 from modeling_deepseek_moe.finetune.data.chat import IGNORED, encode
 from modeling_deepseek_moe.finetune.data.preferences import encode_preference
 from modeling_deepseek_moe.finetune.data.report import RowError
+from modeling_deepseek_moe.finetune.data.words import Words
 
 USER = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w4"}
@@ -72,7 +73,9 @@ def test_arguments_keep_their_text_and_an_object_becomes_json():
     assert "w20" in pieces({"messages": [USER, call("w7", '{"a":  1}', content=None)]}, template)[1]
     for arguments in ({"a": "é", "b": {"c": [1, None]}}, '{"a": "é", "b": {"c": [1, null]}}'):
         row = {"messages": [USER, call("w7", arguments, content=None)]}
-        (_, _), (learned, is_learned) = [piece for piece in chat._pieces(row, tiny_tokenizer(BY_NULL)) if piece[0]]
+        (_, _), (learned, is_learned) = [
+            piece for piece in chat._pieces(row, Words(tiny_tokenizer(BY_NULL))) if piece[0]
+        ]
         assert is_learned and learned == ' w60 w7 {"a": "é", "b": {"c": [1, null]}} </s>'
 
 
