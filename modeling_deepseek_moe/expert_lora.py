@@ -13,7 +13,7 @@ It serves every class that follows transformers' experts interface with `gate_up
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from ._compat import (
     experts_implementation,
     follows_experts_interface,
     has_hooks,
+    is_dtensor,
+    is_expert_parallel,
     is_of_peft,
     register_layers,
 )
@@ -71,18 +73,19 @@ class ParamWrapper(lora.ParamWrapper):
         reason = _needs_peft(chain, experts)
         if reason is None and (kwargs or len(args) != 2):
             reason = "the experts are not called with (hidden_states, top_k_index, top_k_weights)"
-        if reason is not None and _in_four_bits(experts):
-            raise ValueError(f"LoRA on routed experts in four bits cannot be computed: {reason}")
+        for kind, is_so in (("in four bits", _in_four_bits), ("under expert parallelism", is_expert_parallel)):
+            if reason is not None and is_so(experts):
+                raise ValueError(f"LoRA on routed experts {kind} cannot be computed: {reason}")
         if reason is not None:
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
         lists = [adapters.get(name, []) for name in _WEIGHTS]
-        if experts_implementation(experts.config) == "triton":
-            # Triton is imported where it is used: not every platform has it.
-            from .kernels.triton.experts import triton_experts
+        body = _body(experts)
+        if not is_expert_parallel(experts):
+            return body(experts, x, *args, *lists)
+        from .expert_lora_parallel import run_adapted
 
-            return triton_experts(experts, x, *args, *lists)
-        return sorted_experts(experts, x, *args, *lists)
+        return run_adapted(experts, body, lists, x, *args)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does; it can also start as `start_stacked` says, each expert by itself."""
@@ -95,6 +98,25 @@ class ParamWrapper(lora.ParamWrapper):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if is_own:
             start_stacked(self, adapter_name, how)
+        if is_expert_parallel(experts := self.get_base_layer()):
+            # Imported where processes are several.
+            from .expert_lora_parallel import layout_of, spread_factors
+
+            self._layout = layout_of(experts, self.parameter_name)
+            spread_factors(self, adapter_name, self._layout)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges, as PEFT's layer does.
+
+        Raises:
+            ValueError: the experts are spread over ranks.
+        """
+        if is_expert_parallel(self.get_base_layer()):
+            raise ValueError(
+                "LoRA on routed experts under expert parallelism is not merged: save the adapter, and merge it by "
+                "`deepseek-moe convert MODEL DST --to bf16 --adapter ADAPTER`, or in one process"
+            )
+        super().merge(safe_merge, adapter_names)
 
     def _chain(self) -> "Iterator[lora.ParamWrapper]":
         module = self
@@ -222,14 +244,31 @@ def _departure(experts: nn.Module) -> str | None:
     return None
 
 
-def _active_adapters(wrapper: lora.ParamWrapper) -> list[Adapter]:
+def _active_adapters(wrapper: ParamWrapper) -> list[Adapter]:
     if wrapper.disable_adapters or wrapper.merged:
         return []
     return [
-        Adapter(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name])
+        Adapter(*_factors(wrapper, name), wrapper.scaling[name])
         for name in wrapper.active_adapters
         if name in wrapper.lora_A
     ]
+
+
+def _factors(wrapper: ParamWrapper, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not is_expert_parallel(wrapper.get_base_layer()):
+        return wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    from .expert_lora_parallel import local_factors
+
+    return local_factors(wrapper, adapter_name, wrapper._layout)
+
+
+def _body(experts: nn.Module) -> Callable[..., torch.Tensor]:
+    if experts_implementation(experts.config) != "triton":
+        return sorted_experts
+    # Triton is imported where it is used: not every platform has it.
+    from .kernels.triton.experts import triton_experts
+
+    return triton_experts
 
 
 def _is_in_pefts_pass(experts: nn.Module) -> bool:
@@ -250,11 +289,14 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         return "the base weights are parametrized"
     if other := [wrapper.parameter_name for wrapper in chain if wrapper.parameter_name not in _WEIGHTS]:
         return f"{other[0]} is adapted too"
+    is_parallel = is_expert_parallel(experts)
     for name in _WEIGHTS:
         weight = getattr(experts, name)
-        if type(weight) not in _KINDS or weight.ndim != 3 or weight.dtype not in _DTYPES:
+        is_known = type(weight) in _KINDS or (is_parallel and is_dtensor(weight))
+        if not is_known or weight.ndim != 3 or weight.dtype not in _DTYPES:
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
-    for module in (*chain[1:], experts):
+    # Expert parallel ones are called, and theirs run.
+    for module in (*chain[1:], *([] if is_parallel else [experts])):
         if has_hooks(module):
             return f"{type(module).__name__} has hooks"
     return None
