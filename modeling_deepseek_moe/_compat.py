@@ -18,8 +18,8 @@ from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, return_and_correct_aliasing
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.distributed.utils import is_dtensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.quantizers import HfQuantizer
 

@@ -35,6 +35,7 @@ from .expert_lora_start import changes_base, check_start, start_stacked
 from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
 from .kernels.sorted.sorted_mm import interface_departure
+from .parallel_adapters import check_spread
 from .quantized.weights import NF4Weight
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
@@ -55,9 +56,12 @@ class ParamWrapper(lora.ParamWrapper):
     where `experts_implementation` is "triton", by `sorted_experts` where it is "eager", "grouped_mm", "batched_mm" or
     "sorted_mm". Only where all adapters are disabled or merged does the named one run.
 
+    Under the expert parallelism of transformers' `DistributedConfig` the factors are DTensors, a rank having those of
+    its own experts, and the experts' forward runs around the same products.
+
     PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
     `experts_implementation`, hooks on the experts, base weights that are sharded or quantised otherwise than by
-    `quantized_weights`; base weights that are quantised so make it a ValueError.
+    `quantized_weights`; base weights that are quantised so, or expert parallel, make it a ValueError.
     Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
     `torch.compile` breaks its graph here, but not with "triton".
     """
@@ -137,8 +141,10 @@ def register_expert_lora(lora_config: LoraConfig, model: nn.Module) -> LoraConfi
         `lora_config`.
 
     Raises:
-        ValueError: targeted experts do not follow the interface, or the model has none that do.
+        ValueError: targeted experts do not follow the interface, or the model has none that do, or it is spread over
+            processes in a way that no adapters are right for.
     """
+    check_spread(model)
     classes = _classes(lora_config, model)
     if not classes:
         raise ValueError(f"{type(model).__name__} has no routed experts that follow transformers' experts interface")

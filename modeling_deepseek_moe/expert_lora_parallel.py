@@ -60,8 +60,9 @@ def layout_of(experts: nn.Module, parameter_name: str) -> Layout:
     config = distributed_config(experts.config)
     if config is None:
         raise ValueError(
-            f"LoRA on routed experts: {type(experts).__name__} is expert parallel, and its {type(experts.config).__name__}"
-            " has no distributed_config, which a part of a larger model lacks: load it by itself, or without ep_size"
+            f"LoRA on routed experts: {type(experts).__name__} is expert parallel, and its "
+            f"{type(experts.config).__name__} has no distributed_config, as that of a part of a larger model: load it "
+            "by itself, or without ep_size"
         )
     mesh = getattr(experts, parameter_name).device_mesh
     copies = tuple(mesh[name].get_group() for name in _COPIES if name in mesh.mesh_dim_names and mesh[name].size() > 1)
@@ -70,10 +71,9 @@ def layout_of(experts: nn.Module, parameter_name: str) -> Layout:
 
 @torch.no_grad()
 def spread_factors(wrapper: lora.ParamWrapper, adapter_name: str, layout: Layout) -> None:
-    """Puts DTensors in the place of an adapter's whole factors, as they were on the first rank with the same experts."""
-    rank = wrapper.r[adapter_name]
-    placements = (Shard(0), strided_shard(1, rank))
-    for linear, placement in zip((wrapper.lora_A[adapter_name], wrapper.lora_B[adapter_name]), placements, strict=True):
+    """Puts DTensors in the place of an adapter's whole factors, as the first rank with the same experts had them."""
+    linears = (wrapper.lora_A[adapter_name], wrapper.lora_B[adapter_name])
+    for linear, placement in zip(linears, (Shard(0), strided_shard(1, wrapper.r[adapter_name])), strict=True):
         factor = distribute_tensor(linear.weight.detach(), layout.mesh, [placement], src_data_rank=None)
         if not factor.is_meta:
             for group in layout.copies:

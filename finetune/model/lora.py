@@ -64,12 +64,13 @@ def lora_config(
 
     Raises:
         ValueError: an unknown word, one that matches nothing in this model, an option that stacked weights cannot
-            have, options that do not go together, or a model of another class.
+            have, options that do not go together, a model of another class, or one that tensor parallelism cut up.
     """
     from peft import LoraConfig
 
     from modeling_deepseek_moe.expert_lora import register_expert_lora
     from modeling_deepseek_moe.expert_lora_start import changes_base, check_start
+    from modeling_deepseek_moe.parallel_adapters import check_spread
 
     if isinstance(targets, str):
         targets = [targets]
@@ -82,6 +83,7 @@ def lora_config(
             f"a model of type {model.config.model_type!r} cannot be adapted by words, because PEFT rewrites its "
             "targets: load it with DeepseekMoeForCausalLM.from_pretrained"
         )
+    check_spread(model)
     replication = peft_options.get("layer_replication")
     found = _find(model, peft_options.pop("layers_to_transform", None), replication)
     words = [word for word in WORDS if word in targets or "all" in targets]

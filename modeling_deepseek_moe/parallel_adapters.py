@@ -1,0 +1,87 @@
+"""PEFT adapters on a model that transformers' `DistributedConfig` spread over processes when it was loaded.
+
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
+    model = get_peft_model(model, register_expert_lora(config, model))
+    Trainer(model, ...).train()
+    save_adapter(model, "adapter")  # in every process
+
+Every rank has the factors of its own experts (`expert_lora_parallel`) and a copy of each other adapter. Trainer keeps
+the copies equal; a training loop of one's own calls `average_copies` once.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from peft import PeftModel
+from torch import distributed, nn
+
+from ._compat import distributed_config, is_dtensor
+
+_REFUSED = {
+    "tp_size": "PEFT has no adapters of experts for it, gives those of layers that are cut by rows the wrong width, "
+    "and leaves the gradient of kv_a_proj_with_mqa in parts: give these ranks to fsdp_size and ep_size",
+    "pp_size": "adapters of other stages were never tried: give these ranks to fsdp_size and ep_size",
+}
+
+
+def check_spread(model: nn.Module) -> None:
+    """Raise a ValueError if adapters on a model that is spread so would be wrong.
+
+    Args:
+        model: base model, or a `PeftModel`.
+    """
+    config = distributed_config(getattr(model, "config", None))
+    for axis, reason in _REFUSED.items():
+        if (size := getattr(config, axis, 1) or 1) > 1:
+            raise ValueError(f"LoRA on a model that was loaded with {axis}={size}: {reason}")
+
+
+def average_copies(model: PeftModel) -> PeftModel:
+    """Makes what all ranks train the same in all of them, and lets every backward pass average its gradients.
+
+    Call it once in every process, before the optimizer is made, in a training loop of your own; Trainer does it.
+    With gradient accumulation it is right after every micro-batch, and under accelerate's `accumulate` done after the
+    last one alone.
+
+    Returns:
+        `model`.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad or is_dtensor(parameter):
+            continue
+        with torch.no_grad():
+            distributed.broadcast(parameter, src=0)
+        parameter.register_post_accumulate_grad_hook(_average)
+    return model
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default", **options: Any) -> None:
+    """Saves an adapter as one process would have, by the first rank; every process calls it.
+
+    `PeftModel.save_pretrained`, which Trainer's checkpoints use, writes the same and gathers the base model in every
+    process before. This gathers the adapter, one tensor after the other.
+
+    Args:
+        model: with the adapter; was loaded with a `distributed_config` or without.
+        folder: as for `PeftModel.save_pretrained`.
+        adapter_name: of the adapter.
+        **options: as for `PeftModel.save_pretrained`.
+    """
+    state = {}
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    for name, tensor in model.state_dict().items():
+        if f".{adapter_name}." not in name and not name.endswith(f".{adapter_name}"):
+            continue
+        whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
+        state[name] = whole.cpu() if is_first else whole.new_empty(whole.shape, device="meta")
+    if is_first:
+        model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state, **options)
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def _average(parameter: nn.Parameter) -> None:
+    if GradientState().sync_gradients:
+        distributed.all_reduce(parameter.grad, op=distributed.ReduceOp.AVG)
