@@ -74,6 +74,7 @@ BORROWED = (
     Borrowed("peft.tuners.lora.layer", "_LoraParameterProxy", "its module tells PEFT's parametrizations from others"),
     # The same under expert parallelism.
     Borrowed("transformers.integrations.moe", "._is_expert_parallel", "tells experts whose tokens are exchanged"),
+    Borrowed("peft.tuners.lora", "Linear.update_layer", "the width of a layer that FSDP has cut up"),
     Borrowed("transformers.distributed.utils", "is_dtensor", "without importing DTensor where there is none"),
     Borrowed("torch.distributed.tensor.placement_types", "_StridedShard", "factors with the experts innermost"),
     Borrowed("accelerate.hooks", "._hf_hook", "a hook that only moves inputs does not need PEFT's pass"),
@@ -298,7 +299,7 @@ def check_forward_args(wrapper: nn.Module, x: torch.Tensor, *args: Any, **kwargs
     wrapper._check_forward_args(x, *args, **kwargs)
 
 
-def register_layers(lora_config: Any, layers: dict[type[nn.Module], type[nn.Module]]) -> None:
+def register_layers(lora_config: Any, layers: dict[type[nn.Module], Callable[..., nn.Module | None]]) -> None:
     """Lets PEFT put these layers on modules of the classes that are their keys."""
     lora_config._register_custom_module(layers)
 

@@ -35,7 +35,7 @@ from .expert_lora_start import changes_base, check_start, start_stacked
 from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
 from .kernels.sorted.sorted_mm import interface_departure
-from .parallel_adapters import check_spread
+from .parallel_adapters import fit_to_spread
 from .quantized.weights import NF4Weight
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
@@ -144,7 +144,7 @@ def register_expert_lora(lora_config: LoraConfig, model: nn.Module) -> LoraConfi
         ValueError: targeted experts do not follow the interface, or the model has none that do, or it is spread over
             processes in a way that no adapters are right for.
     """
-    check_spread(model)
+    fit_to_spread(lora_config, model)
     classes = _classes(lora_config, model)
     if not classes:
         raise ValueError(f"{type(model).__name__} has no routed experts that follow transformers' experts interface")

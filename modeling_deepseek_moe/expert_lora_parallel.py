@@ -108,9 +108,9 @@ def _local(factor: nn.Parameter, layout: Layout) -> torch.Tensor:
     if torch.is_grad_enabled() and factor.requires_grad:
         if layout.share != 1:
             local.register_hook(lambda gradient: gradient * layout.share)
-        if layout.copies and not hasattr(factor, "_averages_copies"):
+        if layout.copies and not hasattr(factor, "averages_copies"):
             factor.register_post_accumulate_grad_hook(_average_over(layout.copies))
-            factor._averages_copies = True
+            factor.averages_copies = True
     return local
 
 

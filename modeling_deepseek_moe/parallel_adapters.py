@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.state import GradientState
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
 from torch import distributed, nn
 
-from ._compat import distributed_config, is_dtensor
+from ._compat import distributed_config, is_dtensor, register_layers
 
 _REFUSED = {
     "tp_size": "PEFT has no adapters of experts for it, gives those of layers that are cut by rows the wrong width, "
@@ -26,16 +27,35 @@ _REFUSED = {
 }
 
 
-def check_spread(model: nn.Module) -> None:
-    """Raise a ValueError if adapters on a model that is spread so would be wrong.
+class Linear(lora.Linear):
+    """PEFT's layer, for a linear module whose weight FSDP keeps in parts and gathers to compute.
+
+    PEFT 0.21 takes the parts for those of tensor parallelism where the mesh has replicas, too.
+    """
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter of the module's own width."""
+        module = self.get_base_layer()
+        self.in_features, self.out_features = module.in_features, module.out_features
+        super().update_layer(*args, **kwargs)
+
+
+def fit_to_spread(lora_config: LoraConfig, model: nn.Module) -> None:
+    """Lets `get_peft_model(model, lora_config)` make adapters that are right for a model spread over processes.
 
     Args:
-        model: base model, or a `PeftModel`.
+        lora_config: what it targets, and what is saved of it, stays as it is.
+        model: base model, or a `PeftModel`; may be in one piece.
+
+    Raises:
+        ValueError: no adapters would be right.
     """
     config = distributed_config(getattr(model, "config", None))
     for axis, reason in _REFUSED.items():
         if (size := getattr(config, axis, 1) or 1) > 1:
             raise ValueError(f"LoRA on a model that was loaded with {axis}={size}: {reason}")
+    if getattr(config, "dp_replicate_size", 1) > 1:
+        register_layers(lora_config, {nn.Linear: _linear_layer})
 
 
 def average_copies(model: PeftModel) -> PeftModel:
@@ -80,6 +100,16 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str 
         model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state, **options)
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def _linear_layer(
+    module: nn.Module, adapter_name: str, config: LoraConfig, parameter_name: str | None = None, **options: Any
+) -> Linear | None:
+    """None leaves the module to PEFT."""
+    layer = module.get_base_layer() if isinstance(module, lora.LoraLayer) else module
+    if parameter_name is not None or not is_dtensor(layer.weight):
+        return None
+    return Linear(module, adapter_name, config, **options)
 
 
 def _average(parameter: nn.Parameter) -> None:

@@ -70,7 +70,7 @@ def lora_config(
 
     from modeling_deepseek_moe.expert_lora import register_expert_lora
     from modeling_deepseek_moe.expert_lora_start import changes_base, check_start
-    from modeling_deepseek_moe.parallel_adapters import check_spread
+    from modeling_deepseek_moe.parallel_adapters import fit_to_spread
 
     if isinstance(targets, str):
         targets = [targets]
@@ -83,7 +83,6 @@ def lora_config(
             f"a model of type {model.config.model_type!r} cannot be adapted by words, because PEFT rewrites its "
             "targets: load it with DeepseekMoeForCausalLM.from_pretrained"
         )
-    check_spread(model)
     replication = peft_options.get("layer_replication")
     found = _find(model, peft_options.pop("layers_to_transform", None), replication)
     words = [word for word in WORDS if word in targets or "all" in targets]
@@ -118,6 +117,7 @@ def lora_config(
         target_parameters=[name for word in stacked for name in found[word]],
         **{"task_type": task, **peft_options},
     )
+    fit_to_spread(config, model)
     return register_expert_lora(config, model) if "routed_experts" in stacked else config
 
 
