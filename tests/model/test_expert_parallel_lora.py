@@ -26,6 +26,11 @@ LAYOUTS_OF_FOUR = {
     "fsdp4 ep2": {"fsdp_size": 4, "ep_size": 2},
     "fsdp4 ep4": {"fsdp_size": 4, "ep_size": 4},
 }
+BODIES = {
+    "eager and checkpointing": {"experts": "eager", "checkpointing": True},
+    "all experts at once, as on GPUs": {"experts": "grouped_mm", "body": "at once"},
+    "triton": {"experts": "triton", "body": "triton"},
+}
 OF_TRANSFORMERS = ("deepseek_v3", "qwen3_moe")
 WORDS = ["attention", "shared_experts", "routed_experts", "router"]
 
@@ -58,7 +63,6 @@ def two(places, tmp_path_factory):
     tensor_parallel = {**places["ours"], "layout": {"tp_size": 2}}
     jobs = {"ours": {"do": "steps", **ours}}
     jobs |= {name: {"do": "steps", **places[name], "layout": EP2} for name in OF_TRANSFORMERS}
-    jobs |= {"grouped_mm and checkpointing": {"do": "steps", **ours, "experts": "grouped_mm", "checkpointing": True}}
     jobs |= {f"stock {name}": {"do": "stock", **places[name], "layout": EP2} for name in OF_TRANSFORMERS}
     jobs |= {f"start {how}": {"do": "start", **ours, "how": how} for how in (True, "gaussian", "orthogonal")}
     jobs |= {line: {"do": "refused", **ours, "line": line} for line in ("merge", "pissa", "another product")}
@@ -72,21 +76,29 @@ def two(places, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def more(places, tmp_path_factory):
+    """As `two`, for other bodies of the experts."""
+    jobs = {name: {"do": "steps", **places["ours"], "layout": EP2, **options} for name, options in BODIES.items()}
+    folder = tmp_path_factory.mktemp("more")
+    return folder, run_jobs(folder, 2, jobs)
+
+
+@pytest.fixture(scope="module")
 def four(places, tmp_path_factory):
     jobs = {name: {"do": "steps", **places["ours"], "layout": layout} for name, layout in LAYOUTS_OF_FOUR.items()}
     folder = tmp_path_factory.mktemp("four")
     return folder, run_jobs(folder, 4, jobs)
 
 
-ON_TWO = ["ours", *OF_TRANSFORMERS, "grouped_mm and checkpointing"]
-ON_FOUR = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS_OF_FOUR]
-EVERY_LAYOUT = pytest.mark.parametrize("name", [*ON_TWO, *ON_FOUR])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*BODIES, *LAYOUTS_OF_FOUR)]
+EVERY_LAYOUT = pytest.mark.parametrize("name", ["ours", *OF_TRANSFORMERS, *SLOW])
 
 
 @pytest.fixture
 def job(name, request):
     """Folder of a job, what it found, and where its adapter was."""
-    folder, found = request.getfixturevalue("four" if name in LAYOUTS_OF_FOUR else "two")
+    fixture = "four" if name in LAYOUTS_OF_FOUR else "more" if name in BODIES else "two"
+    folder, found = request.getfixturevalue(fixture)
     return folder / name, found[name], request.getfixturevalue("places")[name if name in OF_TRANSFORMERS else "ours"]
 
 

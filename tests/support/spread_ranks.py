@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from modeling_deepseek_moe.expert_lora import load_adapter, register_expert_lora
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.model.resume import SaveSharded
+from modeling_deepseek_moe.kernels.sorted import rows as rows_of_experts
 from modeling_deepseek_moe.parallel_adapters import average_copies, save_adapter
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -86,6 +88,19 @@ def trained_alone(job: Job):
 
 
 def steps(job: Job, folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        if job.get("body") == "at once":
+            patch.setattr(rows_of_experts, "grouped", lambda device: True)
+        elif job.get("body") == "triton":
+            from plain_launchers import LAUNCHERS, reference
+
+            for module, names in LAUNCHERS.items():
+                for name in names:
+                    patch.setattr(module, name, getattr(reference, name))
+        return take_steps(job, folder)
+
+
+def take_steps(job: Job, folder: Path) -> dict[str, Any]:
     """Some steps of AdamW in a loop of one's own, with gradients of several micro-batches and clipping."""
     batches = DistributedConfig(**job["layout"]).dp_size
     alone, model = trained_alone(job), load_adapter(spread(job), job["adapter"], is_trainable=True)
