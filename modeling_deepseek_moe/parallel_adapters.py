@@ -9,7 +9,9 @@ Every rank has the factors of its own experts (`expert_lora_parallel`) and a cop
 the copies equal; a training loop of one's own calls `average_copies` once.
 """
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from accelerate.state import GradientState
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ._compat import distributed_config, is_dtensor, register_layers
 
@@ -98,8 +101,20 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str 
         state[name] = whole.cpu() if is_first else whole.new_empty(whole.shape, device="meta")
     if is_first:
         model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state, **options)
+        inner = "" if adapter_name == "default" else adapter_name
+        _name_published_class(Path(folder) / inner / "adapter_config.json", type(model.get_base_model()))
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def _name_published_class(config: Path, model_class: type[nn.Module]) -> None:
+    """FSDP puts a class of its own in a model's place, and PEFT writes down that for the one to load."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    if fields.get("auto_mapping"):
+        published = next(each for each in model_class.__mro__ if not issubclass(each, FSDPModule))
+        mapping = {"base_model_class": published.__name__, "parent_library": published.__module__}
+        fields["auto_mapping"] |= mapping
+        config.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _linear_layer(

@@ -37,6 +37,9 @@ class SaveSharded(TrainerCallback):
     def on_save(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs: Any) -> None:
         """Writes `checkpoint-STEP/sharded_state`."""
         folder = _folder(args, state)
+        if args.process_index == 0:
+            (folder / _COMPLETE).unlink(missing_ok=True)
+        distributed.barrier()
         save_optimizer_distributed(model, _inner(optimizer), str(folder / "moments"))
         own = {"lr_scheduler": lr_scheduler.state_dict(), "random": _random_state()}
         torch.save(own, folder / f"rank_{args.process_index}.pt")

@@ -5,7 +5,6 @@ The bounds are those of sums in another order: what one process adds up in one p
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from other_models import transformers_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from spread_ranks import log_of, run_jobs, train_plainly
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DistributedConfig
 
 from modeling_deepseek_moe.conversion import convert
 from modeling_deepseek_moe.expert_lora import load_adapter, register_expert_lora
@@ -85,7 +84,9 @@ def more(places, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(places, tmp_path_factory):
-    jobs = {name: {"do": "steps", **places["ours"], "layout": layout} for name, layout in LAYOUTS_OF_FOUR.items()}
+    known = set(DistributedConfig.__dataclass_fields__)
+    layouts = {name: layout for name, layout in LAYOUTS_OF_FOUR.items() if known.issuperset(layout)}
+    jobs = {name: {"do": "steps", **places["ours"], "layout": layout} for name, layout in layouts.items()}
     folder = tmp_path_factory.mktemp("four")
     return folder, run_jobs(folder, 4, jobs)
 
@@ -99,6 +100,8 @@ def job(name, request):
     """Folder of a job, what it found, and where its adapter was."""
     fixture = "four" if name in LAYOUTS_OF_FOUR else "more" if name in BODIES else "two"
     folder, found = request.getfixturevalue(fixture)
+    if name not in found:
+        pytest.skip("transformers has replicas from 5.23 on")
     return folder / name, found[name], request.getfixturevalue("places")[name if name in OF_TRANSFORMERS else "ours"]
 
 
@@ -142,9 +145,9 @@ def test_an_adapter_saved_without_training_is_the_same_to_the_bit(job):
     folder, _, place = job
     assert apart(folder / "untrained", place["adapter"]) == 0
     assert apart(folder / "untrained_by_peft", place["adapter"]) == 0
-    folders = (folder / "untrained", Path(place["adapter"]))
-    saved, loaded = (json.loads((each / "adapter_config.json").read_text()) for each in folders)
-    assert saved == loaded
+    names = ("untrained", "trained_alone")
+    spread, alone = (json.loads((folder / name / "adapter_config.json").read_text()) for name in names)
+    assert spread == alone
 
 
 @EVERY_LAYOUT
@@ -164,7 +167,7 @@ def test_stock_peft_and_the_converter_read_what_was_trained_on_two_ranks(two, pl
         for load in (load_adapter, PeftModel.from_pretrained)
     ]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())  # another order of sums
-    convert(str(two[0] / "ours" / "trained"), str(tmp_path / "per_expert"), to="peft-per-expert")
+    convert(str(two[0] / "ours" / "trained"), str(tmp_path / "per_expert"), to="peft-per-expert", kv_b_proj="keep")
     names = load_file(tmp_path / "per_expert" / "adapter_model.safetensors").keys()
     assert any(".experts.7.down_proj.lora_B" in name for name in names)
 

@@ -102,7 +102,7 @@ def steps(job: Job, folder: Path) -> dict[str, Any]:
 
 def take_steps(job: Job, folder: Path) -> dict[str, Any]:
     """Some steps of AdamW in a loop of one's own, with gradients of several micro-batches and clipping."""
-    batches = DistributedConfig(**job["layout"]).dp_size
+    batches = job["layout"].get("dp_replicate_size", 1) * job["layout"].get("fsdp_size", 1)
     alone, model = trained_alone(job), load_adapter(spread(job), job["adapter"], is_trainable=True)
     save_adapter(model, folder / "untrained")
     model.save_pretrained(folder / "untrained_by_peft", is_main_process=distributed.get_rank() == 0)
