@@ -19,7 +19,6 @@ from accelerate.state import GradientState
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ._compat import distributed_config, is_dtensor, register_layers
 
@@ -98,17 +97,21 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str 
         if f".{adapter_name}." not in name and not name.endswith(f".{adapter_name}"):
             continue
         whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
-        state[name] = whole.cpu() if is_first else whole.new_empty(whole.shape, device="meta")
+        if is_first:
+            state[name] = whole.cpu()
     if is_first:
         model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state, **options)
         inner = "" if adapter_name == "default" else adapter_name
-        _name_published_class(Path(folder) / inner / "adapter_config.json", type(model.get_base_model()))
+        if distributed.is_initialized():
+            _name_published_class(Path(folder) / inner / "adapter_config.json", type(model.get_base_model()))
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def _name_published_class(config: Path, model_class: type[nn.Module]) -> None:
     """FSDP puts a class of its own in a model's place, and PEFT writes down that for the one to load."""
+    from torch.distributed.fsdp import FSDPModule  # imported where processes are several
+
     fields = json.loads(config.read_text(encoding="utf-8"))
     if fields.get("auto_mapping"):
         published = next(each for each in model_class.__mro__ if not issubclass(each, FSDPModule))
