@@ -24,10 +24,8 @@ from torch import distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ._compat import distributed_config, is_expert_parallel, strided_shard, with_experts_body
+from ._compat import distributed_config, is_dtensor, strided_shard, with_experts_body
 from .kernels.sorted.low_rank import Adapter
-
-__all__ = ["Layout", "is_expert_parallel", "layout_of", "local_factors", "run_adapted", "spread_factors"]
 
 _COPIES = ("dp_replicate", "efsdp")
 Body = Callable[..., torch.Tensor]
@@ -55,7 +53,7 @@ def layout_of(experts: nn.Module, parameter_name: str) -> Layout:
         parameter_name: of a stacked weight.
 
     Raises:
-        ValueError: the module's config does not say how the model is spread.
+        ValueError: the module's config does not say how the model is spread, or its weight is not.
     """
     config = distributed_config(experts.config)
     if config is None:
@@ -64,7 +62,13 @@ def layout_of(experts: nn.Module, parameter_name: str) -> Layout:
             f"{type(experts.config).__name__} has no distributed_config, as that of a part of a larger model: load it "
             "by itself, or without ep_size"
         )
-    mesh = getattr(experts, parameter_name).device_mesh
+    weight = getattr(experts, parameter_name)
+    if not is_dtensor(weight):
+        raise ValueError(
+            f"LoRA on routed experts: {parameter_name} of expert parallel {type(experts).__name__} is a "
+            f"{type(weight.data).__name__} and no DTensor: load the model without quantization"
+        )
+    mesh = weight.device_mesh
     copies = tuple(mesh[name].get_group() for name in _COPIES if name in mesh.mesh_dim_names and mesh[name].size() > 1)
     return Layout(mesh["ep"], copies, config.tp_size / config.ep_size)
 

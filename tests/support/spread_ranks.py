@@ -174,6 +174,25 @@ def trainer(job: Job, folder: Path) -> dict[str, Any]:
     return {"log": log_of(first), "is_equal": is_equal, "log_again": log_of(second)}
 
 
+@torch.no_grad()
+def several(job: Job, folder: Path) -> dict[str, float]:
+    """How far logits are from those of one process with two adapters, with one and with none."""
+    ids = torch.tensor([row["input_ids"] for row in rows(2)])
+    found = []
+    for model in (trained_alone(job), load_adapter(spread(job), job["adapter"])):
+        load_adapter(model.eval(), job["adapter"], "second")
+        logits = {}
+        for names in (["default", "second"], ["second"]):
+            model.base_model.set_adapter(names)
+            logits[f"{len(names)}"] = model(ids).logits
+        with model.disable_adapter():
+            logits["0"] = model(ids).logits
+        found.append(logits)
+    alone, model = found
+    assert not any(torch.allclose(alone[a], alone[b], rtol=0.01) for a, b in ("01", "02", "12"))
+    return {name: ((model[name] - alone[name]).abs().max() / alone[name].abs().max()).item() for name in alone}
+
+
 def start(job: Job, folder: Path) -> dict[str, bool]:
     """Whether a new adapter starts as in one process with the same seed."""
     models = []
