@@ -107,7 +107,8 @@ def take_steps(job: Job, folder: Path) -> dict[str, Any]:
     save_adapter(model, folder / "untrained")
     model.save_pretrained(folder / "untrained_by_peft", is_main_process=distributed.get_rank() == 0)
     average_copies(model)
-    local = sum(p.to_local().numel() if isinstance(p, DTensor) else 0 for p in model.parameters() if p.requires_grad)
+    parts = [p.to_local() for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]
+    local = sum(part.untyped_storage().nbytes() // part.itemsize for part in parts)  # a view would keep the whole
     found = {"loss": [], "norm": [], "local": local, "gradients": None}
     ids = torch.tensor([row["input_ids"] for row in rows(STEPS * MICRO_BATCHES * batches * ROWS)])
     ids = ids.view(STEPS, MICRO_BATCHES, batches, ROWS, LENGTH)
