@@ -27,10 +27,11 @@ LAYOUTS_OF_FOUR = {
     "fsdp4 ep2": {"fsdp_size": 4, "ep_size": 2},
     "fsdp4 ep4": {"fsdp_size": 4, "ep_size": 4},
 }
-BODIES = {
+WAYS = {
     "eager and checkpointing": {"experts": "eager", "checkpointing": True},
     "all experts at once, as on GPUs": {"experts": "grouped_mm", "body": "at once"},
     "triton": {"experts": "triton", "body": "triton"},
+    "a rank that serves nobody": {"second_rank_serves": "nobody"},
 }
 OF_TRANSFORMERS = ("deepseek_v3", "qwen3_moe")
 WORDS = ["attention", "shared_experts", "routed_experts", "router"]
@@ -79,8 +80,8 @@ def two(places, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more(places, tmp_path_factory):
-    """As `two`, for other bodies of the experts."""
-    jobs = {name: {"do": "steps", **places["ours"], "layout": EP2, **options} for name, options in BODIES.items()}
+    """As `two`, for other bodies of the experts and other routing."""
+    jobs = {name: {"do": "steps", **places["ours"], "layout": EP2, **options} for name, options in WAYS.items()}
     folder = tmp_path_factory.mktemp("more")
     return folder, run_jobs(folder, 2, jobs)
 
@@ -95,14 +96,14 @@ def four(places, tmp_path_factory):
     return folder, run_jobs(folder, 4, jobs)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*BODIES, *LAYOUTS_OF_FOUR)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*WAYS, *LAYOUTS_OF_FOUR)]
 EVERY_LAYOUT = pytest.mark.parametrize("name", ["ours", *OF_TRANSFORMERS, *SLOW])
 
 
 @pytest.fixture
 def job(name, request):
     """Folder of a job, what it found, and where its adapter was."""
-    fixture = "four" if name in LAYOUTS_OF_FOUR else "more" if name in BODIES else "two"
+    fixture = "four" if name in LAYOUTS_OF_FOUR else "more" if name in WAYS else "two"
     folder, found = request.getfixturevalue(fixture)
     if name not in found:
         pytest.skip("transformers has replicas from 5.23 on")

@@ -104,6 +104,10 @@ def take_steps(job: Job, folder: Path) -> dict[str, Any]:
     """Some steps of AdamW in a loop of one's own, with gradients of several micro-batches and clipping."""
     batches = job["layout"].get("dp_replicate_size", 1) * job["layout"].get("fsdp_size", 1)
     alone, model = trained_alone(job), load_adapter(spread(job), job["adapter"], is_trainable=True)
+    if job.get("second_rank_serves") == "nobody":
+        for name, bias in (*alone.named_buffers(), *model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                bias[len(bias) // 2 :] = -100
     save_adapter(model, folder / "untrained")
     model.save_pretrained(folder / "untrained_by_peft", is_main_process=distributed.get_rank() == 0)
     average_copies(model)
