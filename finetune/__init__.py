@@ -14,6 +14,7 @@ _HOMES = {
     "LoadCounter": ".model.counting",
     "Recipe": ".recipe.schema",
     "RecipeError": ".errors",
+    "SaveSharded": ".model.resume",
     "UserError": ".errors",
     "dump_recipe": ".recipe.load",
     "evaluate_model": ".evaluate.measure",

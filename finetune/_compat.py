@@ -35,6 +35,8 @@ BORROWED = (
     Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
+    Borrowed("transformers.distributed.checkpoint", "save_optimizer_distributed", "resuming on spread models"),
+    Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
     # Modules in training.
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
     Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),

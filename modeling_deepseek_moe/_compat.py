@@ -7,9 +7,10 @@ accelerate and TRL is in `finetune/_compat.py`.
 """
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,16 @@ from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, return_and_correct_aliasing
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations.moe import _default_apply_gate
+from transformers.distributed.utils import is_dtensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.quantizers import HfQuantizer
 
-__all__ = ["is_traceable_wrapper_subclass", "return_and_correct_aliasing"]  # borrowed as they are
+__all__ = ["is_dtensor", "is_traceable_wrapper_subclass", "return_and_correct_aliasing"]  # borrowed as they are
 
 # The highest releases that the tests ran on, as in constraints.txt; the lowest are in tests/versions/lowest.txt.
 HIGHEST_TRIED = {"transformers": "5.24.0", "peft": "0.21.2"}
+_HANDED_OVER = "deepseek_moe_handed_over"
 TO_COPY = torch.ops.aten._to_copy.default
 
 
@@ -69,6 +72,11 @@ BORROWED = (
     Borrowed("peft.tuners.lora", "ParamWrapper.get_param", "the stacked weight of a wrapper"),
     Borrowed("peft.utils.integrations", "gather_params_ctx", "a weight that ZeRO-3 has cut up", ("param",)),
     Borrowed("peft.tuners.lora.layer", "_LoraParameterProxy", "its module tells PEFT's parametrizations from others"),
+    # The same under expert parallelism.
+    Borrowed("transformers.integrations.moe", "._is_expert_parallel", "tells experts whose tokens are exchanged"),
+    Borrowed("peft.tuners.lora", "Linear.update_layer", "the width of a layer that FSDP has cut up"),
+    Borrowed("transformers.distributed.utils", "is_dtensor", "without importing DTensor where there is none"),
+    Borrowed("torch.distributed.tensor.placement_types", "_StridedShard", "factors with the experts innermost"),
     Borrowed("accelerate.hooks", "._hf_hook", "a hook that only moves inputs does not need PEFT's pass"),
     Borrowed("torch.nn.modules.module", "._forward_hooks", "modules with hooks are not passed over"),
     Borrowed("torch.nn.modules.module", "._forward_pre_hooks", "modules with hooks are not passed over"),
@@ -242,6 +250,45 @@ def experts_implementation(config: Any) -> str | None:
     return getattr(config, "_experts_implementation", None)
 
 
+def distributed_config(config: Any) -> Any:
+    """The `DistributedConfig` that a model was loaded with, None if it was not."""
+    return getattr(config, "distributed_config", None)
+
+
+def is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether a rank has some of the experts whole, and the experts' forward brings it their tokens."""
+    return getattr(experts, "_is_expert_parallel", False)
+
+
+@contextmanager
+def with_experts_body(experts: nn.Module, body: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """In it, the experts' forward computes by `body(experts, hidden_states, top_k_index, top_k_weights)`.
+
+    The body's name is looked up in the experts' own config at every call, wherever what exchanges tokens has kept
+    their forward.
+    """
+    config = experts.config
+    experts.config = SimpleNamespace(_experts_implementation=_HANDED_OVER, body=body)
+    try:
+        yield
+    finally:
+        experts.config = config
+
+
+def _handed_over(experts: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    return experts.config.body(experts, *inputs)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_HANDED_OVER, _handed_over)
+
+
+def strided_shard(dim: int, split_factor: int) -> Any:
+    """The DTensor placement that shards each of `split_factor` equal parts of a dimension."""
+    from torch.distributed.tensor.placement_types import _StridedShard  # imported where processes are several
+
+    return _StridedShard(dim, split_factor=split_factor)
+
+
 def attention_implementation(config: Any) -> str | None:
     """Name of the attention that a model runs."""
     return config._attn_implementation
@@ -252,7 +299,7 @@ def check_forward_args(wrapper: nn.Module, x: torch.Tensor, *args: Any, **kwargs
     wrapper._check_forward_args(x, *args, **kwargs)
 
 
-def register_layers(lora_config: Any, layers: dict[type[nn.Module], type[nn.Module]]) -> None:
+def register_layers(lora_config: Any, layers: dict[type[nn.Module], Callable[..., nn.Module | None]]) -> None:
     """Lets PEFT put these layers on modules of the classes that are their keys."""
     lora_config._register_custom_module(layers)
 

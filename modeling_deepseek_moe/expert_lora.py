@@ -13,7 +13,7 @@ It serves every class that follows transformers' experts interface with `gate_up
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from ._compat import (
     experts_implementation,
     follows_experts_interface,
     has_hooks,
+    is_dtensor,
+    is_expert_parallel,
     is_of_peft,
     register_layers,
 )
@@ -33,6 +35,7 @@ from .expert_lora_start import changes_base, check_start, start_stacked
 from .kernels.sorted.experts import sorted_experts
 from .kernels.sorted.low_rank import Adapter
 from .kernels.sorted.sorted_mm import interface_departure
+from .parallel_adapters import fit_to_spread
 from .quantized.weights import NF4Weight
 
 # Names of one and the same product: computing it here changes the order of some additions and nothing else.
@@ -53,9 +56,12 @@ class ParamWrapper(lora.ParamWrapper):
     where `experts_implementation` is "triton", by `sorted_experts` where it is "eager", "grouped_mm", "batched_mm" or
     "sorted_mm". Only where all adapters are disabled or merged does the named one run.
 
+    Under the expert parallelism of transformers' `DistributedConfig` the factors are DTensors, a rank having those of
+    its own experts, and the experts' forward runs around the same products.
+
     PEFT's pass is taken, with a warning that says why, where this one could differ from it: another
     `experts_implementation`, hooks on the experts, base weights that are sharded or quantised otherwise than by
-    `quantized_weights`; base weights that are quantised so make it a ValueError.
+    `quantized_weights`; base weights that are quantised so, or expert parallel, make it a ValueError.
     Several adapters are added up by activating them together; PEFT has no `add_weighted_adapter` for stacked weights.
     `torch.compile` breaks its graph here, but not with "triton".
     """
@@ -71,18 +77,19 @@ class ParamWrapper(lora.ParamWrapper):
         reason = _needs_peft(chain, experts)
         if reason is None and (kwargs or len(args) != 2):
             reason = "the experts are not called with (hidden_states, top_k_index, top_k_weights)"
-        if reason is not None and _in_four_bits(experts):
-            raise ValueError(f"LoRA on routed experts in four bits cannot be computed: {reason}")
+        for kind, is_so in (("in four bits", _in_four_bits), ("under expert parallelism", is_expert_parallel)):
+            if reason is not None and is_so(experts):
+                raise ValueError(f"LoRA on routed experts {kind} cannot be computed: {reason}")
         if reason is not None:
             warnings.warn(f"LoRA on routed experts builds W + B A of all of them: {reason}", stacklevel=2)
             return super().forward(x, *args, **kwargs)
         lists = [adapters.get(name, []) for name in _WEIGHTS]
-        if experts_implementation(experts.config) == "triton":
-            # Triton is imported where it is used: not every platform has it.
-            from .kernels.triton.experts import triton_experts
+        body = _body(experts)
+        if not is_expert_parallel(experts):
+            return body(experts, x, *args, *lists)
+        from .expert_lora_parallel import run_adapted
 
-            return triton_experts(experts, x, *args, *lists)
-        return sorted_experts(experts, x, *args, *lists)
+        return run_adapted(experts, body, lists, x, *args)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does; it can also start as `start_stacked` says, each expert by itself."""
@@ -95,6 +102,25 @@ class ParamWrapper(lora.ParamWrapper):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if is_own:
             start_stacked(self, adapter_name, how)
+        if is_expert_parallel(experts := self.get_base_layer()):
+            # Imported where processes are several.
+            from .expert_lora_parallel import layout_of, spread_factors
+
+            self._layout = layout_of(experts, self.parameter_name)
+            spread_factors(self, adapter_name, self._layout)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges, as PEFT's layer does.
+
+        Raises:
+            ValueError: the experts are spread over ranks.
+        """
+        if is_expert_parallel(self.get_base_layer()):
+            raise ValueError(
+                "LoRA on routed experts under expert parallelism is not merged: save the adapter, and merge it by "
+                "`deepseek-moe convert MODEL DST --to bf16 --adapter ADAPTER`, or in one process"
+            )
+        super().merge(safe_merge, adapter_names)
 
     def _chain(self) -> "Iterator[lora.ParamWrapper]":
         module = self
@@ -115,8 +141,10 @@ def register_expert_lora(lora_config: LoraConfig, model: nn.Module) -> LoraConfi
         `lora_config`.
 
     Raises:
-        ValueError: targeted experts do not follow the interface, or the model has none that do.
+        ValueError: targeted experts do not follow the interface, or the model has none that do, or it is spread over
+            processes in a way that no adapters are right for.
     """
+    fit_to_spread(lora_config, model)
     classes = _classes(lora_config, model)
     if not classes:
         raise ValueError(f"{type(model).__name__} has no routed experts that follow transformers' experts interface")
@@ -222,14 +250,31 @@ def _departure(experts: nn.Module) -> str | None:
     return None
 
 
-def _active_adapters(wrapper: lora.ParamWrapper) -> list[Adapter]:
+def _active_adapters(wrapper: ParamWrapper) -> list[Adapter]:
     if wrapper.disable_adapters or wrapper.merged:
         return []
     return [
-        Adapter(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name])
+        Adapter(*_factors(wrapper, name), wrapper.scaling[name])
         for name in wrapper.active_adapters
         if name in wrapper.lora_A
     ]
+
+
+def _factors(wrapper: ParamWrapper, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not is_expert_parallel(wrapper.get_base_layer()):
+        return wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    from .expert_lora_parallel import local_factors
+
+    return local_factors(wrapper, adapter_name, wrapper._layout)
+
+
+def _body(experts: nn.Module) -> Callable[..., torch.Tensor]:
+    if experts_implementation(experts.config) != "triton":
+        return sorted_experts
+    # Triton is imported where it is used: not every platform has it.
+    from .kernels.triton.experts import triton_experts
+
+    return triton_experts
 
 
 def _is_in_pefts_pass(experts: nn.Module) -> bool:
@@ -250,11 +295,14 @@ def _needs_peft(chain: list[lora.ParamWrapper], experts: nn.Module) -> str | Non
         return "the base weights are parametrized"
     if other := [wrapper.parameter_name for wrapper in chain if wrapper.parameter_name not in _WEIGHTS]:
         return f"{other[0]} is adapted too"
+    is_parallel = is_expert_parallel(experts)
     for name in _WEIGHTS:
         weight = getattr(experts, name)
-        if type(weight) not in _KINDS or weight.ndim != 3 or weight.dtype not in _DTYPES:
+        is_known = type(weight) in _KINDS or (is_parallel and is_dtensor(weight))
+        if not is_known or weight.ndim != 3 or weight.dtype not in _DTYPES:
             return f"{name} is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
-    for module in (*chain[1:], experts):
+    # Expert parallel ones are called, and theirs run.
+    for module in (*chain[1:], *([] if is_parallel else [experts])):
         if has_hooks(module):
             return f"{type(module).__name__} has hooks"
     return None

@@ -39,6 +39,11 @@ MODULES = {
         "modeling_deepseek_moe.expert_lora",
         "[register_expert_lora, load_adapter]",
     ),
+    "reference/parallel-adapters.md": (
+        "Adapters on spread models",
+        "modeling_deepseek_moe.parallel_adapters",
+        "[average_copies, save_adapter]",
+    ),
     "reference/balancing.md": ("Balance losses", "modeling_deepseek_moe.balancing", "null"),
 }
 # Recipe sections whose keys are fields of another library's class, and that class.

@@ -64,12 +64,13 @@ def lora_config(
 
     Raises:
         ValueError: an unknown word, one that matches nothing in this model, an option that stacked weights cannot
-            have, options that do not go together, or a model of another class.
+            have, options that do not go together, a model of another class, or one that tensor parallelism cut up.
     """
     from peft import LoraConfig
 
     from modeling_deepseek_moe.expert_lora import register_expert_lora
     from modeling_deepseek_moe.expert_lora_start import changes_base, check_start
+    from modeling_deepseek_moe.parallel_adapters import fit_to_spread
 
     if isinstance(targets, str):
         targets = [targets]
@@ -116,6 +117,7 @@ def lora_config(
         target_parameters=[name for word in stacked for name in found[word]],
         **{"task_type": task, **peft_options},
     )
+    fit_to_spread(config, model)
     return register_expert_lora(config, model) if "routed_experts" in stacked else config
 
 
