@@ -22,6 +22,12 @@ BORROWED = (
     Borrowed("transformers.trainer", "._globalstep_last_logged", "since when"),
     Borrowed("transformers", "Trainer._load_best_model", "the best checkpoint is as it was written"),
     Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
+    Borrowed(
+        "transformers",
+        "Trainer._prepare_for_training",
+        "shards a finished run's model and restores it",
+        ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    ),
     Borrowed("transformers", "Trainer._issue_warnings_after_load", "what a checkpoint lacks", ("load_result",)),
     Borrowed("transformers", "Trainer._get_grad_norm", "looked at before the step", ("model", "grad_norm")),
     Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
@@ -56,9 +62,17 @@ class TrainerSeams:
         """What a checkpoint holds of the model; None for all of it."""
         return None
 
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP or DeepSpeed has the model, which they take only together with its optimizer, to train."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def load_weights(self, checkpoint: str) -> None:
-        """Gives the model in memory the weights of a checkpoint's folder."""
-        self._load_from_checkpoint(checkpoint)
+        """Gives the model in memory, which was not trained in this process, the weights of a checkpoint's folder."""
+        if self.shards:
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
 
     def prepare_anew(self) -> None:
         """Forgets that an evaluation prepared the model for itself: accelerate would not do it again, with DDP."""

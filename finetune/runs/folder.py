@@ -7,7 +7,7 @@ checkpoint-<step>/   of the Trainer; `complete` in it is written last
 before.json          measured before the first step; metric_before.json, what the metric said then
 adapter/  model/     results: the adapters, and the whole (or merged) model, each with the tokenizer
 expert_cfg.json  expert_scores.json      the experts that ESFT trains, and by which scores they were chosen
-bad_batch.json       the rows at which a loss became no number
+bad_batch.json       the rows at which a loss became no number; bad_batch-1.json, those of process 1
 loss.png  experts.png  experts.json  summary.json  trainer_state.json
 run.lock             while a process works here
 replaced-run/        what was here before, until the run that takes its place has made its first step
@@ -42,7 +42,7 @@ _RECIPE, DATA_MARKS, _LOCK = "recipe.yaml", "data.json", "run.lock"
 _REPLACED, _MOVING = "replaced-run", "replaced-run.moving"
 _OURS = re.compile(
     r"recipe\.yaml|data|checkpoint-\d+|adapter|model|loss\.png|experts\.(?:png|json)|.+\.aside|"
-    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch|summary|trainer_state)\.json"
+    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch(?:-\d+)?|summary|trainer_state)\.json"
 )
 MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
 _OF_PUBLISHING = {"output_dir", "overwrite", "hub_id", "hub_private"}
