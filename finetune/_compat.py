@@ -40,6 +40,7 @@ BORROWED = (
     # Modules in training.
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
     Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),
+    Borrowed("torch.distributed.distributed_c10d", "_get_default_store", "where processes say that they have ended"),
     Borrowed("torch.nn.parallel.distributed", "._ddp_params_and_buffers_to_ignore", "four-bit weights are not sent"),
     # Data, evaluation and the Hub.
     Borrowed("datasets.arrow_dataset", "._fingerprint", "tells one state of a data set of the Hub from another"),
@@ -166,6 +167,11 @@ def ignored_on_save(model: nn.Module) -> set[str]:
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Parameters that DistributedDataParallel is neither to compare nor to send."""
     model._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def store_of_processes() -> torch.distributed.Store:
+    """Where the processes of the default group can leave each other messages."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def is_in_backward() -> bool:

@@ -43,8 +43,8 @@ def gathered(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
             if tuple(whole.shape) != shape or not whole.numel():
                 raise UserError(
-                    f"{name} is not saved: of {list(shape)} only {list(whole.shape)} is here, under a layout that runs "
-                    "do not know; what was trained is in the last checkpoint"
+                    f"{name} is not saved: of {list(shape)} only {list(whole.shape)} is here, under a layout that "
+                    "runs do not know; what was trained is in the last checkpoint"
                 )
             if keeps:
                 state[name] = whole.detach().to("cpu", copy=True)

@@ -38,6 +38,7 @@ from ..recipe.schema import Recipe
 from ..runs.checkpoints import MarkCheckpoints, last_checkpoint
 from ..runs.folder import ROWS, SUMMARY, OpenRun, SettleRun, is_replacing, open_run, write_kept
 from ..runs.seals import damage, is_sealed, seal
+from ..runs.together import ended_together
 from .held_out import MeasureFirst
 from .metric import kept_before, measure_metric, metric_before
 from .save import save
@@ -71,7 +72,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws loss.png, is not installed: {install('matplotlib')}")
     arguments = training_arguments(recipe)
-    with stopped_by_sigterm() as stop, open_run(recipe) as opened, said_if_full(opened.folder):
+    with (
+        ended_together(),
+        stopped_by_sigterm() as stop,
+        open_run(recipe) as opened,
+        said_if_full(opened.folder),
+    ):
         if opened.is_finished:
             return published(recipe, opened, arguments)
         trainer = prepare(recipe, arguments, opened.folder, stop)
@@ -216,8 +222,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
         raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
     if recipe.training.get("fsdp") and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise RecipeError(
-            "`training.fsdp` is set, but accelerate shards on GPUs alone, one for each of several processes; here each "
-            "process would hold all weights: remove it"
+            "`training.fsdp` is set, but accelerate shards on GPUs alone, one for each of several processes; "
+            "here each process would hold all weights: remove it"
         )
     if recipe.quantization:
         leave_out_of_ddp(trainer.model)

@@ -21,6 +21,7 @@ from places import SUPPORT
 from tiny_run import stopped_at
 
 from modeling_deepseek_moe.finetune.errors import UserError
+from modeling_deepseek_moe.finetune.files import remove
 from modeling_deepseek_moe.finetune.recipe.load import load_recipe, make_recipe
 from modeling_deepseek_moe.finetune.train import one_run as train
 
@@ -33,7 +34,8 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]], timeout: float = 600
     Args:
         folder: empty; gets `NAME.RANK.json`.
         jobs: by name. `ranks`: how many processes; `values`: of the recipe, `recipe`: a shipped one instead, of which
-            `values` are overrides; `stop`: after so many steps it is stopped as by Ctrl-C.
+            `values` are overrides; `stop`: after so many steps it is stopped as by Ctrl-C; `lost`: files and folders
+            of the run that are gone before; `is_left_to_accelerate`: FSDP is not put through on CPUs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
@@ -56,8 +58,9 @@ def one_of(rank: int, name: str, job: dict[str, Any], folder: Path) -> None:
         os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         store = f"file://{folder}/store-{name}"
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    (folder / f"{name}.{rank}.json").write_text(json.dumps(result_of(job)), encoding="utf-8")
-    if ranks > 1:
+    result = result_of(job)
+    (folder / f"{name}.{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    if ranks > 1 and "error" not in result:  # a process with an error ends, whatever the others wait for
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -85,6 +88,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
 def main(folder: Path) -> None:
     method = "fork" if sys.platform == "linux" else "spawn"
     for name, job in json.loads((folder / "jobs.json").read_text("utf-8")).items():
+        remove(Path(job["values"]["output_dir"]) / lost for lost in job.get("lost", []))
         arguments = (name, job, folder)
         torch.multiprocessing.start_processes(one_of, args=arguments, nprocs=job["ranks"], start_method=method)
 
