@@ -8,12 +8,27 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from modeling_deepseek_moe.expert_lora import ParamWrapper
+from modeling_deepseek_moe.experts import DeepseekMoeExperts
+
 from ..errors import UserError
 
 
 def is_cut(model: nn.Module) -> bool:
     """Whether this process holds but parts of the model's weights."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_shape") for p in model.parameters())
+
+
+def gather_experts_as_one(model: nn.Module) -> None:
+    """Tells DeepSpeed's ZeRO-3 to gather a layer's experts, with their adapters, as one module.
+
+    Which of their parts run depends on the tokens of a process, while all processes have to gather the same ones.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    kinds = {type(module) for module in model.modules() if isinstance(module, DeepseekMoeExperts | ParamWrapper)}
+    if kinds:
+        set_z3_leaf_modules(model, list(kinds))
 
 
 def count(weight: torch.Tensor) -> int:

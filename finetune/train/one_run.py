@@ -31,6 +31,7 @@ from ..experts.watch import watch_experts
 from ..files import remove, replaced, write_text
 from ..hub.push import open_repo, push_run
 from ..model.balance import BalanceExperts, KeepRouterBiases
+from ..model.gather import gather_experts_as_one
 from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
@@ -225,6 +226,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
             "`training.fsdp` is set, but accelerate shards on GPUs alone, one for each of several processes; "
             "here each process would hold all weights: remove it"
         )
+    if trainer.is_deepspeed_enabled:
+        gather_experts_as_one(trainer.model)
     if recipe.quantization:
         leave_out_of_ddp(trainer.model)
     if recipe.watch and model.config.has_experts:
