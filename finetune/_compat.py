@@ -4,7 +4,8 @@ A release may move any of these without notice. `BORROWED` is checked name by na
 and under `finetune/` private names are used in this module alone. `modeling_deepseek_moe/_compat.py` is the other one.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ BORROWED = (
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
     # Modules in training.
+    Borrowed("torch.nn.modules.module", "._non_persistent_buffers_set", "buffers that sharding is to leave whole"),
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
     Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),
     Borrowed("torch.distributed.distributed_c10d", "_get_default_store", "where processes say that they have ended"),
@@ -67,6 +69,18 @@ class TrainerSeams:
     def shards(self) -> bool:
         """Whether FSDP or DeepSpeed has the model, which they take only together with its optimizer, to train."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            prepare = self.accelerator.prepare
+
+            def with_whole_buffers(*objects: Any, **options: Any) -> Any:
+                with whole_buffers(self.model, self.args.device):
+                    return prepare(*objects, **options)
+
+            self.accelerator.prepare = with_whole_buffers
 
     def load_weights(self, checkpoint: str) -> None:
         """Gives the model in memory, which was not trained in this process, the weights of a checkpoint's folder."""
@@ -137,6 +151,27 @@ class TrainerSeams:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
+
+
+@contextlib.contextmanager
+def whole_buffers(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """In it, sharding takes the model's buffers for none of its state, and all processes have the main one's.
+
+    accelerate (1.15) spreads a model that only the main process has loaded, and stops at a buffer in its state.
+    """
+    kept = []
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name in module._non_persistent_buffers_set:
+                continue
+            whole = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            torch.distributed.broadcast(whole, src=0)
+            setattr(module, name, whole)
+            module._non_persistent_buffers_set.add(name)
+            kept.append((module, name))
+    yield
+    for module, name in kept:
+        module._non_persistent_buffers_set.discard(name)
 
 
 class ReadyRows:
