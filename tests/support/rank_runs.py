@@ -35,7 +35,8 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]], timeout: float = 600
         folder: empty; gets `NAME.RANK.json`.
         jobs: by name. `ranks`: how many processes; `values`: of the recipe, `recipe`: a shipped one instead, of which
             `values` are overrides; `stop`: after so many steps it is stopped as by Ctrl-C; `lost`: files and folders
-            of the run that are gone before; `is_left_to_accelerate`: FSDP is not put through on CPUs.
+            of the run that are gone before; `is_left_to_accelerate`: FSDP is not put through on CPUs; `spoilt`: in the
+            second step the loss of this rank is no number, or with "gradient" a gradient of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
@@ -70,6 +71,8 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if values.get("training.fsdp") and not job.get("is_left_to_accelerate"):
             take_fsdp_on_cpu(patch)
+        if "spoilt" in job:
+            spoil(patch, job["spoilt"])
         try:
             if "recipe" in job:
                 recipe = load_recipe(job["recipe"], [f"{key}={json.dumps(value)}" for key, value in values.items()])
@@ -83,6 +86,21 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             return {"error": str(error)}
     return {key: summary[key] for key in NUMBERS}
+
+
+def spoil(patch: pytest.MonkeyPatch, where: int | str) -> None:
+    real = train.FineTuner.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = real(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and model.training:
+            if where == "gradient":
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            elif where == self.args.process_index:
+                loss = loss * float("nan")
+        return loss
+
+    patch.setattr(train.FineTuner, "compute_loss", compute_loss)
 
 
 def main(folder: Path) -> None:
