@@ -35,6 +35,7 @@ from ..recipe.load import dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 from .checkpoints import sound_checkpoint, unfinished_checkpoints
 from .lock import Locked, locked
+from .together import wait_for_failing_processes
 
 ROWS, SUMMARY, RESULTS = "data", "summary.json", ("adapter", "model")
 _RECIPE, DATA_MARKS, _LOCK = "recipe.yaml", "data.json", "run.lock"
@@ -95,7 +96,13 @@ def open_run(recipe: Recipe) -> Iterator[OpenRun]:
             torch.distributed.broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
-        yield found[0]
+        try:
+            yield found[0]
+        except BaseException:
+            # The others may still write into what the main process is going to remove.
+            if group and (torch.distributed.get_rank() or found[0].is_new or is_replacing(found[0].folder)):
+                wait_for_failing_processes()
+            raise
 
 
 class SettleRun(TrainerCallback):

@@ -1,6 +1,7 @@
 """Processes of one run end together, and say which of them was the first to."""
 
 import contextlib
+import datetime
 import itertools
 import os
 import socket
@@ -15,7 +16,7 @@ from ..errors import UserError, first_line
 
 _PATIENCE = 5.0  # seconds, until a system has forgotten a process that was killed
 _GOES_ON = "the same command goes on from the last checkpoint"
-_runs = itertools.count()
+_runs, _failures = itertools.count(), itertools.count()
 
 
 @contextlib.contextmanager
@@ -42,6 +43,20 @@ def ended_together() -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             store.set(f"end {rank}", first_line(error))
         raise
+
+
+def wait_for_failing_processes() -> None:
+    """Called by each process of a run that fails: returns in the main one when the others have come here, too.
+
+    If one does not come, after some seconds.
+    """
+    store = torch.distributed.PrefixStore(f"failure {next(_failures)}", store_of_processes())
+    others = [str(rank) for rank in range(1, torch.distributed.get_world_size())]
+    with contextlib.suppress(RuntimeError):  # the time is over, or the process that keeps the store is gone
+        if rank := torch.distributed.get_rank():
+            store.set(str(rank), "here")
+        else:
+            store.wait(others, datetime.timedelta(seconds=_PATIENCE))
 
 
 def _other_end(store: torch.distributed.Store, rank: int) -> str | None:
