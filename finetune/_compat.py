@@ -4,8 +4,9 @@ A release may move any of these without notice. `BORROWED` is checked name by na
 and under `finetune/` private names are used in this module alone. `modeling_deepseek_moe/_compat.py` is the other one.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ BORROWED = (
     Borrowed("transformers.trainer", "._globalstep_last_logged", "since when"),
     Borrowed("transformers", "Trainer._load_best_model", "the best checkpoint is as it was written"),
     Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
+    Borrowed(
+        "transformers",
+        "Trainer._prepare_for_training",
+        "shards a finished run's model and restores it",
+        ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    ),
     Borrowed("transformers", "Trainer._issue_warnings_after_load", "what a checkpoint lacks", ("load_result",)),
     Borrowed("transformers", "Trainer._get_grad_norm", "looked at before the step", ("model", "grad_norm")),
     Borrowed("transformers", "PreTrainedModel._keys_to_ignore_on_save", "what a checkpoint may lack on resuming"),
@@ -38,8 +45,10 @@ BORROWED = (
     Borrowed("transformers.distributed.checkpoint", "save_optimizer_distributed", "resuming on spread models"),
     Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
     # Modules in training.
+    Borrowed("torch.nn.modules.module", "._non_persistent_buffers_set", "buffers that sharding is to leave whole"),
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
     Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),
+    Borrowed("torch.distributed.distributed_c10d", "_get_default_store", "where processes say that they have ended"),
     Borrowed("torch.nn.parallel.distributed", "._ddp_params_and_buffers_to_ignore", "four-bit weights are not sent"),
     # Data, evaluation and the Hub.
     Borrowed("datasets.arrow_dataset", "._fingerprint", "tells one state of a data set of the Hub from another"),
@@ -64,9 +73,29 @@ class TrainerSeams:
         """What a checkpoint holds of the model; None for all of it."""
         return None
 
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP or DeepSpeed has the model, which they take only together with its optimizer, to train."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            prepare = self.accelerator.prepare
+
+            def with_whole_buffers(*objects: Any, **options: Any) -> Any:
+                with whole_buffers(self.model, self.args.device):
+                    return prepare(*objects, **options)
+
+            self.accelerator.prepare = with_whole_buffers
+
     def load_weights(self, checkpoint: str) -> None:
-        """Gives the model in memory the weights of a checkpoint's folder."""
-        self._load_from_checkpoint(checkpoint)
+        """Gives the model in memory, which was not trained in this process, the weights of a checkpoint's folder."""
+        if self.shards:
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
 
     def prepare_anew(self) -> None:
         """Forgets that an evaluation prepared the model for itself: accelerate would not do it again, with DDP."""
@@ -132,6 +161,27 @@ class TrainerSeams:
         super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
 
 
+@contextlib.contextmanager
+def whole_buffers(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """In it, sharding takes the model's buffers for none of its state, and all processes have the main one's.
+
+    accelerate (1.15) spreads a model that only the main process has loaded, and stops at a buffer in its state.
+    """
+    kept = []
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name in module._non_persistent_buffers_set:
+                continue
+            whole = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            torch.distributed.broadcast(whole, src=0)
+            setattr(module, name, whole)
+            module._non_persistent_buffers_set.add(name)
+            kept.append((module, name))
+    yield
+    for module, name in kept:
+        module._non_persistent_buffers_set.discard(name)
+
+
 class ReadyRows:
     """Leaves rows as they are, which TRL's trainers would tokenize; comes before one among the bases."""
 
@@ -178,6 +228,11 @@ def ignored_on_save(model: nn.Module) -> set[str]:
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Parameters that DistributedDataParallel is neither to compare nor to send."""
     model._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def store_of_processes() -> torch.distributed.Store:
+    """Where the processes of the default group can leave each other messages."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def is_in_backward() -> bool:

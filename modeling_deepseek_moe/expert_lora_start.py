@@ -85,15 +85,21 @@ def initial_factors(model: PeftModel, adapter_name: str = "default") -> dict[str
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items() if ".lora_" in key}
 
 
-def save_plain_lora(model: PeftModel, folder: str | os.PathLike, initial: dict[str, torch.Tensor]) -> None:
+def save_plain_lora(
+    model: PeftModel,
+    folder: str | os.PathLike,
+    initial: dict[str, torch.Tensor],
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Saves the adapter "default", whose start changed the base weights, as plain LoRA on the base as it was.
 
     Args:
         model: with the trained adapter.
         folder: as for `PeftModel.save_pretrained`.
         initial: what `initial_factors` gave before the training.
+        state_dict: whole weights of what is trained; None for the model's own.
     """
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state_dict)
     weights, config = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
     experts = {name: wrapper.num_experts for name, wrapper in model.named_modules() if hasattr(wrapper, "num_experts")}
     tensors = load_file(weights)

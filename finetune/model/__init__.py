@@ -9,6 +9,7 @@ lora.py            LoRA in words
 quantization.py    the recipe key that puts frozen weights into four bits
 chosen_experts.py  layers in which only the chosen experts are trained
 esft_adapter.py    what was trained so, in DeepSeek's format, and back onto a model
+gather.py          weights that lie in parts in several processes, whole
 counting.py        tokens that each expert serves
 resume.py          optimizer and random numbers of a Trainer whose model is spread over processes
 balance.py         the selection biases: moved once a step, and kept in checkpoints of adapters

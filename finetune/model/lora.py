@@ -135,7 +135,10 @@ def factors_taken_from_base(model: "PreTrainedModel | PeftModel") -> "dict[str, 
 
 
 def save_adapters(
-    model: "PeftModel", folder: str | os.PathLike, initial_factors: "dict[str, torch.Tensor] | None"
+    model: "PeftModel",
+    folder: str | os.PathLike,
+    initial_factors: "dict[str, torch.Tensor] | None",
+    state_dict: "dict[str, torch.Tensor]",
 ) -> None:
     """Saves the adapters as plain LoRA on the base as it was, in PEFT's format.
 
@@ -143,16 +146,17 @@ def save_adapters(
         model: as trained.
         folder: where to.
         initial_factors: what `factors_taken_from_base` gave before the training.
+        state_dict: whole weights of what is trained, by their names in the model.
     """
     from modeling_deepseek_moe.expert_lora_start import save_plain_lora
 
     config = model.peft_config["default"]
     if initial_factors is not None:
-        save_plain_lora(model, folder, initial_factors)
+        save_plain_lora(model, folder, initial_factors, state_dict)
         return
     if config.init_lora_weights == "orthogonal":  # trained factors start no more, and stock PEFT cannot on stacks
         config.init_lora_weights = True
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state_dict)
 
 
 def _find(

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from ..errors import RecipeError
 from ..files import says_full
+from ..model.gather import count
 from ..model.load import trains_adapter
 from ..recipe.schema import Recipe
 from .memory import OPTIMIZERS, optimizer_bytes
@@ -22,7 +23,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     if trainer.args.save_only_model:
         return weights
     trained = [
-        Parameter(name, tuple(p.shape), p.element_size(), is_trained=True)
+        Parameter(name, tuple(getattr(p, "ds_shape", p.shape)), p.element_size(), is_trained=True)
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
@@ -72,4 +73,4 @@ def is_full(error: BaseException, folder: Path, checkpoint: int = 0) -> bool:
 
 
 def _bytes(model: nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
+    return sum(count(p) * p.element_size() for p in model.parameters() if p.requires_grad or not trained)

@@ -26,6 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError(f"`lora.targets`: {error}") from error
     check_lora(recipe)
     check_quantization(recipe)
+    check_layout(recipe)
     if recipe.merge and not (recipe.lora or recipe.esft):
         raise RecipeError(
             "`merge` is true but there are no adapters to merge: set `lora.targets` or an `esft` key, or merge: false"
@@ -65,9 +66,49 @@ def check_esft(recipe: Recipe) -> None:
                 f"with `{key}` the rows are not scored: choose the experts before (`deepseek-moe esft score`, then "
                 "`esft select`), and give the file as `esft.experts`"
             )
-    for key in ("fsdp", "deepspeed"):
-        if recipe.training.get(key):
-            raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
+    if key := sharded_by(recipe):
+        raise RecipeError(f"`training.{key}` cuts up stacks of experts, of which `esft` trains parts: remove it")
+
+
+def sharded_by(recipe: Recipe) -> str | None:
+    """The key of `training` by which several processes hold parts of the weights, if one does."""
+    return next((key for key in ("fsdp", "deepspeed") if recipe.training.get(key)), None)
+
+
+_OWN_RANKS = ("dp_replicate_size", "dp_shard_size")
+
+
+def check_layout(recipe: Recipe) -> None:
+    """Raise a RecipeError if what several processes do to the weights does not go with other keys."""
+    training, key = recipe.training, sharded_by(recipe)
+    sizes = training.get("parallelism_config") or {}
+    for name, size in sizes.items():
+        if name not in _OWN_RANKS:
+            raise RecipeError(
+                f"`training.parallelism_config` has {name}: {size!r}: runs take {' and '.join(_OWN_RANKS)} alone, "
+                "which shard and replicate; remove it"
+            )
+    if sizes and not training.get("fsdp"):
+        raise RecipeError("`training.parallelism_config` says how FSDP shards: set `training.fsdp`, too")
+    for name in ("fsdp", "deepspeed"):
+        if training.get(f"{name}_config") and not training.get(name):
+            raise RecipeError(f"`training.{name}_config` has no effect without `training.{name}`: set `{name}: true`")
+    if training.get("fsdp") and training.get("deepspeed"):
+        raise RecipeError("`training.fsdp` and `training.deepspeed` are two ways to shard the weights: remove one")
+    if key is None:
+        return
+    if recipe.quantization:
+        raise RecipeError(
+            f"`quantization` is {recipe.quantization}, whose weights are not cut up, but `training.{key}` shards: "
+            "remove it, then every GPU holds the four-bit weights and shares the batch; or leave `quantization` out, "
+            "and the weights are sharded as they are"
+        )
+    if recipe.merge:
+        raise RecipeError(
+            f"`merge` is true, but with `training.{key}` no process holds the weights to merge into: set merge: "
+            f"false, and merge afterwards with `deepseek-moe convert {recipe.model} TARGET --to bf16 --adapter "
+            "ADAPTER`"
+        )
 
 
 def check_quantization(recipe: Recipe) -> None:

@@ -34,6 +34,8 @@ OWN_INSTEAD = {
     "label_smoothing_factor": "the Trainer would replace the model's losses by one of its own, on unshifted labels",
     "resume_from_checkpoint": "the same recipe run again resumes by itself",
 }
+# `TrainingArguments` take more than they say (`fsdp: true`), or an object that a mapping of its fields makes.
+_AS_IN_YAML = {"fsdp": bool | str | None, "parallelism_config": dict | None}
 # Fields of `DPOConfig` that this package decides itself, or that have no effect here.
 _NOT_OF_DPO = {
     "max_length",
@@ -74,7 +76,7 @@ def _losses_hints() -> dict[str, Any]:
 def _training_hints() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = typing.get_type_hints(TrainingArguments) | _AS_IN_YAML
     return {
         item.name: hints[item.name]
         for item in dataclasses.fields(TrainingArguments)

@@ -7,7 +7,7 @@ checkpoint-<step>/   of the Trainer; `complete` in it is written last
 before.json          measured before the first step; metric_before.json, what the metric said then
 adapter/  model/     results: the adapters, and the whole (or merged) model, each with the tokenizer
 expert_cfg.json  expert_scores.json      the experts that ESFT trains, and by which scores they were chosen
-bad_batch.json       the rows at which a loss became no number
+bad_batch.json       the rows at which a loss became no number; bad_batch-1.json, those of process 1
 loss.png  experts.png  experts.json  summary.json  trainer_state.json
 run.lock             while a process works here
 replaced-run/        what was here before, until the run that takes its place has made its first step
@@ -35,6 +35,7 @@ from ..recipe.load import dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 from .checkpoints import sound_checkpoint, unfinished_checkpoints
 from .lock import Locked, locked
+from .together import wait_for_failing_processes
 
 ROWS, SUMMARY, RESULTS = "data", "summary.json", ("adapter", "model")
 _RECIPE, DATA_MARKS, _LOCK = "recipe.yaml", "data.json", "run.lock"
@@ -42,7 +43,7 @@ _RECIPE, DATA_MARKS, _LOCK = "recipe.yaml", "data.json", "run.lock"
 _REPLACED, _MOVING = "replaced-run", "replaced-run.moving"
 _OURS = re.compile(
     r"recipe\.yaml|data|checkpoint-\d+|adapter|model|loss\.png|experts\.(?:png|json)|.+\.aside|"
-    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch|summary|trainer_state)\.json"
+    r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch(?:-\d+)?|summary|trainer_state)\.json"
 )
 MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
 _OF_PUBLISHING = {"output_dir", "overwrite", "hub_id", "hub_private"}
@@ -95,7 +96,13 @@ def open_run(recipe: Recipe) -> Iterator[OpenRun]:
             torch.distributed.broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
-        yield found[0]
+        try:
+            yield found[0]
+        except BaseException:
+            # The others may still write into what the main process is going to remove.
+            if group and (torch.distributed.get_rank() or found[0].is_new or is_replacing(found[0].folder)):
+                wait_for_failing_processes()
+            raise
 
 
 class SettleRun(TrainerCallback):

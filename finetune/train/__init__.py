@@ -5,6 +5,7 @@ trainer.py      the Trainer: goes on from a checkpoint, stops at a loss that is 
 unlogged.py     what is not logged yet, kept in checkpoints
 stop.py         SIGTERM: a checkpoint is saved, and the run ends
 preferences.py  TRL's DPOTrainer under a recipe
+held_out.py     the loss on held-out rows, alike on any number of processes; measuring before the first step
 metric.py       the recipe's metric, before and after
 save.py         the trained weights
 summary.py      the numbers of `summary.json`, and the closing table

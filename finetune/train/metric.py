@@ -22,19 +22,24 @@ def metric_before(trainer: Trainer, recipe: Recipe, path: Path, is_fresh: bool) 
         is_fresh: nothing was trained yet. A metric that a recipe gets later has no `before`.
     """
     asked = [recipe.metric, recipe.metric_rows]
-    kept = kept_before(path, is_fresh)
+    kept = kept_before(path, is_fresh, not trainer.shards)
     if kept is not None and (kept["asked"] == asked or not is_fresh):
         return kept["scores"] if kept["asked"] == asked else None
+    if trainer.shards and not is_fresh:
+        return None
     scores = measure_metric(trainer, recipe, "answers before")
     if trainer.is_world_process_zero():
         write_kept(path, {"asked": asked, "scores": scores})
     return scores
 
 
-def kept_before(path: Path, is_fresh: bool) -> Any:
-    """What a file of `write_kept` says was measured before the first step; None if it has to be measured now.
+def kept_before(path: Path, is_fresh: bool, can_measure: bool) -> Any:
+    """What a file of `write_kept` says was measured before the first step; None if that cannot be read.
 
-    That can be done at any time before a checkpoint is loaded.
+    Args:
+        path: the file.
+        is_fresh: nothing was trained yet.
+        can_measure: it can be measured now, as whole weights can at any time before a checkpoint is loaded.
     """
     if is_fresh and not path.exists():
         return None
@@ -42,9 +47,8 @@ def kept_before(path: Path, is_fresh: bool) -> Any:
         return read_kept(path)
     except UserError as problem:
         if PartialState().is_main_process:
-            Console().print(
-                Text(f"{problem}; what was measured before the first step is measured again"), soft_wrap=True
-            )
+            lost = "is measured again" if can_measure or is_fresh else "cannot be measured again"
+            Console().print(Text(f"{problem}; what was measured before the first step {lost}"), soft_wrap=True)
         return None
 
 

@@ -1,6 +1,7 @@
 """One fine-tuning run, from a recipe to a saved model."""
 
 import contextlib
+import copy
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from datasets.exceptions import DatasetGenerationError
 from rich.console import Console
 from rich.text import Text
@@ -28,6 +31,7 @@ from ..experts.watch import watch_experts
 from ..files import remove, replaced, write_text
 from ..hub.push import open_repo, push_run
 from ..model.balance import BalanceExperts, KeepRouterBiases
+from ..model.gather import gather_experts_as_one
 from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
@@ -35,6 +39,8 @@ from ..recipe.schema import Recipe
 from ..runs.checkpoints import MarkCheckpoints, last_checkpoint
 from ..runs.folder import ROWS, SUMMARY, OpenRun, SettleRun, is_replacing, open_run, write_kept
 from ..runs.seals import damage, is_sealed, seal
+from ..runs.together import ended_together
+from .held_out import MeasureFirst
 from .metric import kept_before, measure_metric, metric_before
 from .save import save
 from .stop import StopAtSigterm, stopped_by_sigterm
@@ -67,7 +73,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws loss.png, is not installed: {install('matplotlib')}")
     arguments = training_arguments(recipe)
-    with stopped_by_sigterm() as stop, open_run(recipe) as opened, said_if_full(opened.folder):
+    with (
+        ended_together(),
+        stopped_by_sigterm() as stop,
+        open_run(recipe) as opened,
+        said_if_full(opened.folder),
+    ):
         if opened.is_finished:
             return published(recipe, opened, arguments)
         trainer = prepare(recipe, arguments, opened.folder, stop)
@@ -82,10 +93,18 @@ def train(trainer: "FineTuner", recipe: Recipe, opened: OpenRun) -> dict[str, An
     """Measure, train, measure and save; returns the summary."""
     folder, checkpoint = opened.folder, opened.checkpoint
     started = time.monotonic()
-    before = eval_loss_before(trainer, folder / "before.json", is_fresh=checkpoint is None)
-    first_scores = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
-    # Measuring drew random numbers, which a run that finds the measurement in the folder does not.
-    set_seed(recipe.seed)
+    measured = {}
+
+    def measure() -> None:
+        measured["loss"] = eval_loss_before(trainer, folder / "before.json", is_fresh=checkpoint is None)
+        measured["scores"] = metric_before(trainer, recipe, folder / "metric_before.json", is_fresh=checkpoint is None)
+        # Measuring drew random numbers, which a run that finds the measurement in the folder does not.
+        set_seed(recipe.seed)
+
+    if trainer.shards and checkpoint is None:
+        trainer.add_callback(MeasureFirst(measure))
+    else:
+        measure()
     size = checkpoint_bytes(trainer)
     with said_if_full(folder, size, lambda: trainer.control.should_save):
         trainer.train_from(checkpoint)
@@ -93,9 +112,9 @@ def train(trainer: "FineTuner", recipe: Recipe, opened: OpenRun) -> dict[str, An
 
     last_scores = measure_metric(trainer, recipe)
     summary = summarize(trainer, recipe, folder, checkpoint) | {
-        "eval_loss_before": before,
+        "eval_loss_before": measured["loss"],
         "eval_loss_after": after,
-        "metric_before": first_scores,
+        "metric_before": measured["scores"],
         "metric_after": last_scores,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -105,11 +124,11 @@ def train(trainer: "FineTuner", recipe: Recipe, opened: OpenRun) -> dict[str, An
         summary |= preference_metrics(trainer.state.log_history)
     if opened.summary and not trainer.step_times.seconds:  # all steps were made before
         summary |= {name: opened.summary[name] for name in _OF_TRAINING if name in opened.summary}
-    if not trainer.is_world_process_zero():
-        return summary
     with said_if_full(folder, size):
         summary |= save(trainer, trainer.processing_class, recipe, folder)
-    loss_curve(trainer.state.log_history, folder / "loss.png", before)
+    if not trainer.is_world_process_zero():
+        return summary
+    loss_curve(trainer.state.log_history, folder / "loss.png", measured["loss"])
     with replaced(folder / "trainer_state.json") as path:
         trainer.state.save_to_json(os.fspath(path))
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -202,6 +221,13 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
         if not raised_by(error, "transformers", "trl", "accelerate"):
             raise
         raise RecipeError(f"these settings do not go together: {first_line(error)}") from error
+    if recipe.training.get("fsdp") and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise RecipeError(
+            "`training.fsdp` is set, but accelerate shards on GPUs alone, one for each of several processes; "
+            "here each process would hold all weights: remove it"
+        )
+    if trainer.is_deepspeed_enabled:
+        gather_experts_as_one(trainer.model)
     if recipe.quantization:
         leave_out_of_ddp(trainer.model)
     if recipe.watch and model.config.has_experts:
@@ -235,8 +261,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
     if recipe.streaming:
         given["accelerator_config"] = {"dispatch_batches": False}  # batches of unlike shapes cannot be dispatched
-    given |= {"output_dir": recipe.output_dir, "seed": recipe.seed, **recipe.training}
+    # A copy, for some of these objects are filled up.
+    given |= {"output_dir": recipe.output_dir, "seed": recipe.seed, **copy.deepcopy(recipe.training)}
     try:
+        if sizes := given.get("parallelism_config"):
+            given["parallelism_config"] = ParallelismConfig(**sizes)
         if recipe.dpo:
             from .preferences import preference_arguments
 
@@ -250,8 +279,10 @@ def eval_loss_before(trainer: Trainer, path: Path, is_fresh: bool) -> float | No
     """Loss on the held-out rows before the first step; a resumed run finds it in the file `path`."""
     if trainer.eval_dataset is None:
         return None
-    if (known := kept_before(path, is_fresh)) is not None:
+    if (known := kept_before(path, is_fresh, not trainer.shards)) is not None:
         return known["eval_loss"]
+    if trainer.shards and not is_fresh:
+        return None
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         write_kept(path, {"eval_loss": loss})

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import replaced
 from ..model.chosen_experts import is_specialized, release
 from ..model.esft_adapter import save_esft_adapter
+from ..model.gather import gathered, is_cut
 from ..model.load import trains_adapter
 from ..model.lora import save_adapters
 from ..recipe.schema import Recipe
@@ -17,24 +18,32 @@ from .trainer import RunTrainerMixin
 def save(
     trainer: RunTrainerMixin, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path
 ) -> dict[str, str | None]:
-    """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer."""
+    """Write `adapter/`, or `model/` of a full fine-tuning; with `merge` both. Each has the tokenizer.
+
+    Every process calls it, for each may hold a part of the weights; the main one writes, the others get nothing.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Training runs without a cache, and the Trainer says so in the config; whoever loads the result wants one.
     model.config.use_cache = True
     saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
+    has_lora = trains_adapter(model) and not is_specialized(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = gathered(model, trained.__contains__) if has_lora else gathered(model) if is_cut(model) else None
+    if not trainer.is_world_process_zero():
+        return {}
     if trains_adapter(model):
         with replaced(folder / "adapter") as path:
-            if is_specialized(model):
-                save_esft_adapter(model, path)
+            if has_lora:
+                save_adapters(model, path, trainer.initial_factors, weights)
             else:
-                save_adapters(model, path, trainer.initial_factors)
+                save_esft_adapter(model, path)
             tokenizer.save_pretrained(path)
         saved["saved_adapter"] = os.fspath(folder / "adapter")
         if not recipe.merge:
             return saved
-        model = release(model) if is_specialized(model) else model.merge_and_unload()
+        model, weights = release(model) if is_specialized(model) else model.merge_and_unload(), None
     with replaced(folder / "model") as path:
-        model.save_pretrained(path)
+        model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
     saved["saved_model"] = os.fspath(folder / "model")
     return saved

@@ -14,6 +14,7 @@ from modeling_deepseek_moe.distribution import NAME
 from ..data.report import row_counts
 from ..experts.scores import trained_count
 from ..model.chosen_experts import is_specialized
+from ..model.gather import count
 from ..recipe.schema import Recipe
 from .trainer import RunTrainerMixin
 
@@ -32,8 +33,8 @@ def summarize(trainer: RunTrainerMixin, recipe: Recipe, folder: Path, resumed_fr
         "model": recipe.model,
         "lora": recipe.lora.get("targets", []),
         "trained_experts": trained_count(model.expert_cfg) if is_specialized(model) else None,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(count(p) for p in model.parameters() if p.requires_grad),
+        "parameters": sum(count(p) for p in model.parameters()),
         **row_counts(folder),
         "steps": state.global_step,
         "epochs": state.epoch,

@@ -23,9 +23,10 @@ from ..model.chosen_experts import is_specialized, trained_state
 from ..model.lora import factors_taken_from_base
 from ..runs.checkpoints import last_checkpoint
 from ..runs.seals import COMPLETE, damage
+from .held_out import TokenLossMixin
 from .unlogged import KeepUnlogged
 
-BAD_BATCH = "bad_batch.json"
+BAD_BATCH = "bad_batch{}.json"
 
 
 class RunTrainerMixin(TrainerSeams):
@@ -108,12 +109,16 @@ class RunTrainerMixin(TrainerSeams):
                 self.stop_broken(f"the norm of the gradients became {value}")
 
     def stop_broken(self, what: str) -> None:
-        """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it."""
-        folder = Path(self.args.output_dir)
-        write_text(folder / BAD_BATCH, json.dumps(self._readable_batch(), ensure_ascii=False, indent=1) + "\n")
+        """Ends training because of `what`: writes the batch to a file, and raises the UserError that names it.
+
+        Several processes have each a batch and a file of its own.
+        """
+        folder, rank = Path(self.args.output_dir), self.args.process_index
+        path = folder / (BAD_BATCH.format(f"-{rank}") if rank else BAD_BATCH.format(""))
+        write_text(path, json.dumps(self._readable_batch(), ensure_ascii=False, indent=1) + "\n")
         saved = last_checkpoint(folder)
         raise UserError(
-            f"{what} at step {self.state.global_step + 1}; the rows of the batch are in {folder / BAD_BATCH}; "
+            f"{what} at step {self.state.global_step + 1}; the rows of the batch are in {path}; "
             + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was written yet")
             + "; a smaller `training.learning_rate` may help, in another `output_dir` or with `overwrite: true`"
         )
@@ -125,7 +130,7 @@ class RunTrainerMixin(TrainerSeams):
         return {"step": self.state.global_step + 1, "texts": texts, "input_ids": rows}
 
 
-class FineTuner(RunTrainerMixin, Trainer):
+class FineTuner(RunTrainerMixin, TokenLossMixin, Trainer):
     """The Trainer of every run but those that learn from preferences."""
 
 
