@@ -58,7 +58,10 @@ def test_wrong_arguments_exit_with_2(arguments):
     [
         (["absent.yaml"], "cannot read recipe absent.yaml: No such file or directory"),
         (["lora_all"], "the recipe lacks `data`"),
-        (["lora_all", "data=d", "output_dir=o", "lr=1"], "unknown recipe key `lr`: did you mean `lora.r`?"),
+        (
+            ["lora_all", "data=d", "output_dir=o", "lr=1"],
+            "unknown recipe key `lr`: did you mean `training.learning_rate`?",
+        ),
         (["lora_all", "data"], "'data' is not of the form key=value"),
     ],
     ids=["no file", "no data", "unknown key", "no value"],
@@ -77,7 +80,20 @@ def test_errors_of_ours_become_one_line(monkeypatch, error):
     assert (result.exit_code, result.stderr) == (1, "first second\n")
 
 
-VERBS = ["finetune", "experts", "evaluate", "chat", "convert", "push", "plan", "demo", "esft score", "esft select"]
+VERBS = [
+    "finetune",
+    "recipes",
+    "keys",
+    "experts",
+    "evaluate",
+    "chat",
+    "convert",
+    "push",
+    "plan",
+    "demo",
+    "esft score",
+    "esft select",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -88,14 +104,15 @@ def test_every_verb_can_show_the_whole_of_an_error(verb):
 def test_an_error_is_shown_whole_with_its_cause_if_asked_for(tmp_path):
     code = (
         "import sys; from modeling_deepseek_moe.cli.main import main\n"
-        "sys.argv = ['deepseek-moe', 'finetune', 'lora_all', 'data=d', f'output_dir={sys.argv[1]}', "
-        "'model=/nowhere/model', *sys.argv[2:]]\n"
+        "sys.argv = ['deepseek-moe', 'finetune', 'lora_all', 'data=d', f'output_dir={sys.argv[1]}/run', "
+        "f'model={sys.argv[1]}/model', *sys.argv[2:]]\n"
         "main()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run"), "--traceback"]
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path), "--traceback"]
     whole = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert whole.returncode == 1
-    assert "UserError: cannot load model '/nowhere/model': " in whole.stderr.splitlines()[-1]
+    assert f"UserError: cannot load model '{tmp_path}/model': " in whole.stderr.splitlines()[-1]
     assert whole.stderr.count("Traceback (most recent call last):") > 1
     assert "was the direct cause of the following exception" in whole.stderr
 

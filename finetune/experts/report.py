@@ -49,6 +49,7 @@ from ..files import check_replaceable, write_text
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
 from ..recipe.load import make_recipe
+from ..runs.named import named
 from .plots import expert_map
 from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 
@@ -73,7 +74,7 @@ def report_experts(
     """Run data through a model, print which experts serve it, and draw that.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
         compare: a second one, to compare with the first.
         output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call and no others.
@@ -97,6 +98,8 @@ def report_experts(
             raise UserError(f"`{name}` is {value}: it is a number of rows, at least 1")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws {PICTURE}, is not installed: {install('matplotlib')}")
+    found = named(model, adapter)
+    model, adapter = found.model, found.adapter
     sources = [os.fspath(source) for source in (data, compare) if source is not None]
     names = _names(sources)
     folder = Path(output_dir).expanduser()

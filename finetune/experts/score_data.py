@@ -25,6 +25,7 @@ from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
 from ..recipe.schema import PAPERS_TOP_P
+from ..runs.named import named
 from .routing import moe_layers, padded_batches, routing_totals
 from .scores import Scores, esft_scores, expert_cfg, read_scores, select_experts, trained_count
 
@@ -46,7 +47,7 @@ def score_data(
     """Run a sample of the data through the model, and write the score of every expert.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
         output: the file of scores; one that an earlier call wrote is replaced.
         split: which split of Hub data sets.
@@ -70,7 +71,8 @@ def score_data(
     if max_length < 2:
         raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
-        network, tokenizer = load_for_use(model, dtype, trust_remote_code=trust_remote_code)
+        found = named(model)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code)
         moe_layers(network)
         with tempfile.TemporaryDirectory(prefix=".scores-", dir=output.parent, ignore_cleanup_errors=True) as cache:
             rows = load_data(os.fspath(data), split, tokenizer, max_length, cache)

@@ -18,6 +18,7 @@ from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_j
 from ..errors import UserError, first_line, nearest
 from ..recipe.load import load_recipe, make_recipe
 from ..recipe.schema import Recipe
+from ..runs.named import is_run, named
 from .memory import Memory, MemoryPlan
 
 GIB = 2**30
@@ -60,11 +61,13 @@ class Advice:
 
 
 def find_config(model: str) -> DeepseekMoeConfig:
-    """The config of a released model by its name or its Hub name, of a folder, or of another model on the Hub.
+    """The config of a released model by its name or its Hub name, of a folder or a run, or of another one on the Hub.
 
     Raises:
         UserError: there is none, or it is of a model that this package does not have.
     """
+    if is_run(Path(model)):
+        return find_config(named(model).model)
     path = Path(model).expanduser()
     if not path.exists() and (released := released_json(model.rpartition("/")[2].lower())) is not None:
         return DeepseekMoeConfig.from_dict(released)

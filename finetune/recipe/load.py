@@ -16,7 +16,7 @@ import yaml
 from ..errors import RecipeError, nearest
 from .checks import check_recipe
 from .schema import Recipe
-from .sections import OWN_INSTEAD, SECTIONS, section_hints
+from .sections import ALSO_CALLED, OWN_INSTEAD, SECTIONS, section_hints
 from .values import convert_value, kind_of, read_yaml
 
 _OF_THE_DEMO = "demo"  # on its own base and rows
@@ -31,23 +31,29 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe from a file, and check it.
 
     Args:
-        path: a YAML file, or the name of a shipped recipe (`lora_all`).
+        path: a YAML file, the name of a shipped recipe (`lora_all`), or the folder of a run, whose recipe it is; its
+            `output_dir` is then that folder, wherever it has moved.
         overrides: `key=value` strings that win over the file; values are YAML.
 
     Raises:
         RecipeError: the file is missing or not a YAML mapping, or a key or a value is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        path = SHIPPED.get(str(path).removesuffix(".yaml"), path)
+    folder = Path(path).expanduser()
+    file = recipe_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"cannot read recipe {path}: {reason} (shipped recipes: {', '.join(SHIPPED)})") from error
-    values = read_yaml(text, str(path))
+        is_name = len(folder.parts) == 1 and not folder.suffix and not folder.exists()
+        hint = f"; did you mean {nearest(str(path), SHIPPED)!r}?" if is_name else ""
+        raise RecipeError(
+            f"cannot read recipe {path}: {reason}{hint} (shipped recipes: {', '.join(SHIPPED)})"
+        ) from error
+    values = read_yaml(text, str(file))
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a recipe: it holds {kind_of(values)}, not `key: value` lines")
+        raise RecipeError(f"{file} is not a recipe: it holds {kind_of(values)}, not `key: value` lines")
+    if folder.is_dir():
+        values["output_dir"] = str(folder)
     raw = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -55,6 +61,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             raise RecipeError(f"{override!r} is not of the form key=value")
         raw[key] = value
     return make_recipe({**_flat(values), **_flat({key: read_yaml(value, key) for key, value in raw.items()})}, raw)
+
+
+def recipe_file(name: str | Path) -> Path:
+    """The file of a recipe: a path, the name of a shipped recipe, or the folder of a run."""
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    return path if path.is_file() else SHIPPED.get(str(name).removesuffix(".yaml"), path)
 
 
 def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None) -> Recipe:
@@ -78,7 +92,8 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
         if section == "training" and name in OWN_INSTEAD:
             raise RecipeError(f"`{key}` is not a recipe key: {OWN_INSTEAD[name]}")
         if key not in known:
-            raise RecipeError(f"unknown recipe key `{key}`: did you mean `{nearest(str(key), known)}`?")
+            meant = ALSO_CALLED.get(str(key).rpartition(".")[2], nearest(str(key), known))
+            raise RecipeError(f"unknown recipe key `{key}`: did you mean `{meant}`?")
         target = fields[section] if section in SECTIONS else fields
         target[name if section in SECTIONS else key] = convert_value(key, value, known[key], (raw or {}).get(key))
     required = [item.name for item in dataclasses.fields(Recipe) if item.default is item.default_factory]

@@ -5,4 +5,5 @@ checkpoints.py  which checkpoints are as they were written, and which one a run 
 seals.py        folders whose files are known again by size and SHA-256
 lock.py         one process at a time works in a folder
 results.py      what there is to publish: of a run, or a folder from elsewhere
+named.py        the model and the adapter that a verb is to use, where it is told a run
 """

@@ -249,7 +249,7 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
     for item in dataclasses.fields(Recipe):
         here, there = getattr(recipe, item.name), getattr(theirs, item.name)
         if item.name not in MAY_CHANGE and here != there:
-            return f"its `{item.name}` is {there!r}, not {here!r}"
+            return _difference_of(item.name, here, there)
     try:
         known = read_kept(folder / DATA_MARKS)
     except UserError as problem:
@@ -257,6 +257,17 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
     changed = next((key for key in marks if key not in MAY_CHANGE and marks[key] != known.get(key)), None)
     what = "rows" if changed in _ROWS else "file"
     return f"the {what} of `{changed}` {'have' if changed in _ROWS else 'has'} changed since" if changed else ""
+
+
+def _difference_of(key: str, here: Any, there: Any) -> str:
+    """How the value of one key differs; of a section, the first of its keys that does."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        name = next(name for name in [*here, *there] if here.get(name) != there.get(name) or name not in here)
+        if name not in here or name not in there:
+            whose, value = ("its", there[name]) if name in there else ("this one's", here[name])
+            return f"{whose} recipe alone has `{key}.{name}`, {value!r}"
+        return _difference_of(f"{key}.{name}", here[name], there[name])
+    return f"its `{key}` is {there!r}, not {here!r}"
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """One fine-tuning run, from a recipe to a saved model."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -32,23 +33,18 @@ from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
 from ..recipe.schema import Recipe
+from ..recipe.sections import DEFAULTS
 from ..runs.checkpoints import MarkCheckpoints, last_checkpoint
 from ..runs.folder import ROWS, SUMMARY, OpenRun, SettleRun, is_replacing, open_run, write_kept
+from ..runs.named import named_model
 from ..runs.seals import damage, is_sealed, seal
+from .lines import shown_in_lines
 from .metric import kept_before, measure_metric, metric_before
 from .save import save
 from .stop import StopAtSigterm, stopped_by_sigterm
 from .summary import print_summary, summarize
 from .trainer import FineTuner
 
-# A loss that is no number ends the run (`trainer.py`), so the Trainer need not hide it.
-_DEFAULTS = {
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "eval_strategy": "no",
-    "logging_nan_inf_filter": False,
-}
 # Of a summary, what a run that only had to be saved again knows no better than before.
 _OF_TRAINING = ("resumed_from", "seconds", "seconds_per_step", "device", "peak_memory", "versions", "hub")
 
@@ -66,6 +62,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws loss.png, is not installed: {install('matplotlib')}")
+    recipe = dataclasses.replace(recipe, model=named_model(recipe.model))
     arguments = training_arguments(recipe)
     with stopped_by_sigterm() as stop, open_run(recipe) as opened, said_if_full(opened.folder):
         if opened.is_finished:
@@ -73,7 +70,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         trainer = prepare(recipe, arguments, opened.folder, stop)
         opened.keep()
         try:
-            return train(trainer, recipe, opened)
+            with shown_in_lines(trainer):
+                return train(trainer, recipe, opened)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped: {kept(opened.folder)}") from None
 
@@ -228,7 +226,7 @@ def remove_damaged_rows(rows: Path) -> None:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
-    given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    given = {**DEFAULTS["training"], "dataloader_pin_memory": torch.cuda.is_available()}
     checkpointing = checkpointing_argument()
     given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
     if recipe.gradient_checkpointing:
