@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError, __version__
 from modeling_deepseek_moe.cli.main import app, main
 from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.recipe.keys import recipe_keys
+from modeling_deepseek_moe.finetune.recipe.load import SHIPPED
 
 
 def call(*arguments, **options):
@@ -174,3 +176,33 @@ def test_help_imports_nothing_that_only_training_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_recipes_are_listed_and_printed():
+    listed = call("recipes")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(SHIPPED)
+    assert call("recipes", "lora_all").stdout == SHIPPED["lora_all"].read_text()
+    wrong = call("recipes", "lora_al")
+    assert (wrong.exit_code, wrong.stderr) == (1, "no recipe is named 'lora_al': did you mean 'lora_all'?\n")
+
+
+def test_keys_are_shown_with_type_default_and_a_line():
+    shown = call("keys", "bias_update")
+    assert shown.stdout.splitlines()[0] == "bias_update_speed  float = 0.0"
+    assert shown.stdout.splitlines()[1].startswith("    Step of the router's balancing bias")
+    assert "did you mean `seed`?" in call("keys", "sed").stderr
+
+
+def test_the_help_of_finetune_ends_with_every_key():
+    shown = call("finetune", "--help").stdout
+    assert all(f"\n{key.name}  " in shown for key in recipe_keys())
+
+
+def test_the_shell_completes_verbs_recipes_and_keys():
+    def completions(line):
+        variables = {"_DEEPSEEK_MOE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        return call(env=variables, prog_name="deepseek-moe").stdout.split()
+
+    assert completions("deepseek-moe fine") == ["finetune"]
+    assert completions("deepseek-moe finetune lora_s") == ["lora_shared"]
+    assert "training.learning_rate=" in completions("deepseek-moe finetune lora_all training.le")

@@ -36,7 +36,7 @@ TYPED = "w1 w2\n/exit\n"
 NOT_RUN = {
     "make demo": "trains for minutes: tests/finetune/demo runs it; the Makefile has the target",
     'pip install ".[finetune]"': "would change the environment: pyproject.toml has the extra",
-    'make benchmark ARGS="--routing FILE"': "measures for an hour: tests/test_benchmarks.py; the Makefile has the target",
+    'make benchmark ARGS="--routing FILE"': "measures for an hour: tests/test_benchmarks.py; the Makefile has it",
 }
 EVERYTHING = [typed for readme in READMES for typed in typed_in(readme)]
 
@@ -139,8 +139,9 @@ def test_a_readme_runs_from_top_to_bottom(readme, desk, environment):
             command, text = [sys.executable, "-c", python], typed.text
         else:
             made += "DST" in typed.text
-            words = {**PLACEHOLDERS, "DST": f"made-{made}", "RANKS": f"made-{made - 1}"}
-            text = re.sub(r"\b[A-Z]{3,}\b", lambda word: words.get(word[0], word[0]), typed.text)
+            text = typed.text
+            for word, value in {**PLACEHOLDERS, "DST": f"made-{made}", "RANKS": f"made-{made - 1}"}.items():
+                text = re.sub(rf"\b{word}\b", value, text)
             command = ["bash", "-c", text]
         done = subprocess.run(
             command, cwd=desk, env=environment, input=TYPED, capture_output=True, text=True, timeout=600

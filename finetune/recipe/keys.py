@@ -58,7 +58,7 @@ def recipe_keys() -> tuple[Key, ...]:
 
 
 def find_keys(word: str = "") -> list[Key]:
-    """Keys that have a word in their name, or are called so elsewhere; where none is, those that have it in their line."""
+    """Keys that have a word in their name, or are called so elsewhere; else those that have it in their line."""
     word = word.lower()
     found = [key for key in recipe_keys() if word in key.name or key.name == ALSO_CALLED.get(word)]
     return found or [key for key in recipe_keys() if word in key.line.lower()]

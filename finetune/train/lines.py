@@ -35,7 +35,7 @@ _SHOWN = {
 
 @contextlib.contextmanager
 def shown_in_lines(trainer: Trainer) -> Iterator[None]:
-    """In the block the Trainer reports in lines of ours instead of its own; begins when its other callbacks are there."""
+    """In the block the Trainer, which has its other callbacks by then, reports in lines of ours instead of its own."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     lines = ShowLines(bar=not trainer.args.disable_tqdm)

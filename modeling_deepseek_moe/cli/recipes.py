@@ -1,4 +1,4 @@
-"""What recipes and their keys there are: `recipes`, `keys`, and what the help and the shell's completion say of them."""
+"""What recipes and keys there are: `recipes`, `keys`, and what help and the shell's completion say of them."""
 
 from typing import Annotated, Any
 
