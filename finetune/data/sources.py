@@ -1,5 +1,6 @@
 """Where rows come from: JSONL files and data sets of the Hub."""
 
+import difflib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,17 +31,28 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
     Raises:
         UserError: there is no such file or data set.
     """
+    check_source(source)
     path = Path(source)
     if path.is_file():
         return lambda: _jsonl_rows(path), "" if streaming else file_digest(path)
-    if path.exists() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
-        reason = "is a folder, not a JSONL file" if path.is_dir() else "does not exist"
-        raise UserError(f"data {source!r} {reason}: give the path of a JSONL file or the Hub name of a data set")
     try:
         data = datasets.load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot load data {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
     return lambda: ((f"row {number}", row) for number, row in enumerate(data)), "" if streaming else fingerprint(data)
+
+
+def check_source(source: str) -> None:
+    """Raise a UserError for what can only be a file's path and is none; it costs nothing, so it can come first."""
+    path = Path(source)
+    if path.is_file():
+        return
+    if path.exists() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
+        reason = "is a folder, not a JSONL file" if path.is_dir() else "does not exist"
+        files = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, files, n=1)
+        hint = f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
+        raise UserError(f"data {source!r} {reason}{hint}: give the path of a JSONL file or the Hub name of a data set")
 
 
 def _jsonl_rows(path: Path) -> Rows:

@@ -115,7 +115,7 @@ def evaluate_model(
     metric = os.fspath(metric or "exact_match")
     if data is not None:
         find_metric(metric)
-    found = named(model, adapter)
+    asked, found = Path(model), named(model, adapter)
     model, adapter = found.model, found.adapter
     before = found.before if before is None else named(before).model
     with _folder(Path(output).expanduser()) as folder:
@@ -154,14 +154,15 @@ def evaluate_model(
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(folder / ANSWERS, "".join(lines))
         write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print_scores(report, folder)
+    print_scores(report, folder, asked)
     return report
 
 
-def print_scores(report: dict[str, Any], folder: Path) -> None:
-    """Prints the table of scores, and where the files are."""
+def print_scores(report: dict[str, Any], folder: Path, asked: Path) -> None:
+    """Prints the table of scores, and where the files are; `asked` is how the model was named."""
     before, after = report["before"], report["after"]
-    name = Path(report["model"]).name + (f" with {Path(report['adapter']).name}" if report["adapter"] else "")
+    name, has_other_adapter = asked.name, os.fspath(asked) == report["model"] and report["adapter"]
+    name += f" with {Path(report['adapter']).name}" if has_other_adapter else ""
     table = Table(title=Text(name))
     table.add_column("measure", overflow="fold")
     for column in ("score",) if before is None else ("before", "after", "change"):

@@ -16,7 +16,7 @@ from modeling_deepseek_moe import CheckpointError, DeepseekMoeConfig
 from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_json
 
 from ..errors import UserError, first_line, nearest
-from ..recipe.load import load_recipe, make_recipe
+from ..recipe.load import SHIPPED, load_recipe, make_recipe, recipe_file
 from ..recipe.schema import Recipe
 from ..runs.named import is_run, named
 from .memory import Memory, MemoryPlan
@@ -93,6 +93,8 @@ def find_config(model: str) -> DeepseekMoeConfig:
 
 def plan_recipe(name: str, model: str, overrides: list[str]) -> Recipe:
     """A recipe for this model; data and output folder need not be known."""
+    if model in SHIPPED and not recipe_file(name).is_file():
+        raise UserError(f"{model} is a recipe: name the model first (`deepseek-moe plan {name} {model}`)")
     unknown = [f"{key}=unknown" for key in ("data", "output_dir")]
     return load_recipe(name, [*unknown, *overrides, f"model={model}"])
 

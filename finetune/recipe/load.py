@@ -6,6 +6,7 @@ Nothing is dropped in silence: an unknown key is an error that names the nearest
 """
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,8 +45,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        is_name = len(folder.parts) == 1 and not folder.suffix and not folder.exists()
-        hint = f"; did you mean {nearest(str(path), SHIPPED)!r}?" if is_name else ""
+        close = difflib.get_close_matches(str(path), SHIPPED, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
             f"cannot read recipe {path}: {reason}{hint} (shipped recipes: {', '.join(SHIPPED)})"
         ) from error
@@ -58,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise RecipeError(f"{override!r} is not of the form key=value")
+            raise RecipeError(f"{override!r} is not of the form key=value, such as output_dir=runs/first")
         raw[key] = value
     return make_recipe({**_flat(values), **_flat({key: read_yaml(value, key) for key, value in raw.items()})}, raw)
 
@@ -98,7 +99,9 @@ def make_recipe(values: Mapping[str, Any], raw: Mapping[str, str] | None = None)
         target[name if section in SECTIONS else key] = convert_value(key, value, known[key], (raw or {}).get(key))
     required = [item.name for item in dataclasses.fields(Recipe) if item.default is item.default_factory]
     if missing := [name for name in required if name not in fields]:
-        raise RecipeError(f"the recipe lacks `{missing[0]}`: add a line `{missing[0]}: ...` or pass {missing[0]}=...")
+        lacks, line = " and ".join(f"`{name}`" for name in missing), f"`{missing[0]}: ...`"
+        passed = " ".join(f"{name}=..." for name in missing)
+        raise RecipeError(f"the recipe lacks {lacks}: add a line {line} to it, or pass {passed}")
     recipe = Recipe(**fields)
     check_recipe(recipe)
     return recipe

@@ -63,7 +63,8 @@ def read_results(folder: Path) -> RunResults:
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give that of a run, of an adapter or of a model")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: give the folder of a run, of an adapter or of a model")
     if folder.name in _PARTS and (folder.parent / "recipe.yaml").is_file():
         run = read_results(folder.parent)
         parts = {part: getattr(run, part) if folder.name == part else None for part in _PARTS}

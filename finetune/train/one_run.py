@@ -22,6 +22,7 @@ from modeling_deepseek_moe.distribution import install
 from .._compat import checkpointing_argument
 from ..data.batches import Collator
 from ..data.rows import recipe_rows
+from ..data.sources import check_source
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
@@ -166,6 +167,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
     """Model, adapters and rows as the recipe says, ready to train."""
     if recipe.hub_id and arguments.process_index == 0:
         open_repo(recipe, folder)
+    for source in filter(None, (recipe.data, recipe.eval_data)):
+        check_source(source)  # before minutes of loading
     set_seed(recipe.seed)
     model, tokenizer = load(recipe)
     if not recipe.dpo:  # TRL adds them itself, and takes the model without them for the reference

@@ -70,7 +70,18 @@ def keys(
 
 
 class WithKeys(TyperCommand):
-    """A verb whose help ends with all keys of recipes."""
+    """A verb whose help ends with all keys of recipes, and that says how keys are written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses; an option that is a recipe's key is refused by saying what to write instead."""
+        options = {name for parameter in self.params for name in parameter.opts}
+        for place, word in enumerate(args):
+            name, _, value = word.removeprefix("--").partition("=")
+            key = name.replace("-", "_")
+            if word.startswith("--") and word.partition("=")[0] not in options and _is_key(key):
+                value = value or " ".join(args[place + 1 : place + 2])
+                raise typer.BadParameter(f"--{name}: keys of a recipe have no dashes in front: {key}={value}", ctx=ctx)
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Prints the help, then the keys."""
@@ -79,6 +90,12 @@ class WithKeys(TyperCommand):
         super().format_help(ctx, formatter)
         print("Keys (deepseek-moe keys WORD shows some of them):\n")
         _print_keys(recipe_keys())
+
+
+def _is_key(name: str) -> bool:
+    from modeling_deepseek_moe.finetune.recipe.keys import recipe_keys
+
+    return name in {key.name for key in recipe_keys()}
 
 
 def _summary(recipe: str) -> str:
