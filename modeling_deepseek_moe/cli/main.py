@@ -16,7 +16,7 @@ from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
 from .recipes import Overrides, RecipeName, WithKeys, keys, recipes
-from .use import TrustRemoteCode, chat, evaluate
+from .use import Model, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -97,7 +97,7 @@ def finetune(
 @app.command()
 @_reported
 def experts(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="A JSONL file or the Hub name of a data set.")],
     compare: Annotated[str | None, typer.Option(help="A second one: which experts does each claim?")] = None,
     output: Annotated[Path, typer.Option(help="Folder for experts.png and experts.json.")] = Path("experts"),
@@ -134,7 +134,7 @@ for _verb in (recipes, keys, evaluate, chat):
 @app.command()
 @_reported
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint; it is only read.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an adapter or a run; it is only read.")],
     target: Annotated[Path, typer.Argument(help="New folder, or one that the same call was stopped in.")],
     to: Annotated[
         str,
@@ -240,7 +240,7 @@ def push(
 @_reported
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub name of a model; only its config.json is read.")
+        str | None, typer.Argument(help="Folder or Hub name of a model, or a run's folder; only config.json is read.")
     ] = None,
     recipe: Annotated[str | None, RecipeName] = None,
     overrides: Overrides = None,
