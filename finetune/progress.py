@@ -9,10 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 def counting_bar(stays: bool = True) -> Progress:
-    """A bar for each task that counts what is done, and the time left; it is left standing at the end if it `stays`.
-
-    While it is shown on a terminal, what is printed on that comes above it.
-    """
+    """A bar for each task that counts what is done, and the time left; it is left standing at the end if it `stays`."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

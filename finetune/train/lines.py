@@ -78,6 +78,8 @@ class ShowLines(TrainerCallback):
     ) -> None:
         self._in_steps += time.monotonic() - self._step_started
         self._advance("training", state.global_step, state.max_steps)
+        if control.should_training_stop:  # what others print at the end comes before `on_train_end` here
+            self._end("training")
 
     def on_log(
         self,
@@ -120,7 +122,10 @@ class ShowLines(TrainerCallback):
     def _print(self, state: TrainerState, parts: list[str]) -> None:
         step = str(state.global_step).rjust(len(str(state.max_steps)))
         line = Text("  ".join([f"step {step}/{state.max_steps}", *parts]))
-        Console(highlight=False, soft_wrap=True).print(line)
+        # Above a bar only its own console can print.
+        live = self._progress is not None and sys.stdout.isatty()
+        console = self._progress.console if live else Console()
+        console.print(line, highlight=False, soft_wrap=True)
 
     def _advance(self, title: str, done: int | None, total: int | None) -> None:
         """Moves a bar to what is done, or on by one."""

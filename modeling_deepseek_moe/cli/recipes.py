@@ -103,7 +103,7 @@ def _summary(recipe: str) -> str:
     from modeling_deepseek_moe.finetune.recipe.load import SHIPPED
 
     text = SHIPPED[recipe].read_text("utf-8").partition("\n#   ")[0]
-    return text.replace("\n# ", " ").removeprefix("# ").partition(". ")[0]
+    return text.replace("\n# ", " ").removeprefix("# ").partition(". ")[0].rstrip(".")
 
 
 def _print_keys(found: Any) -> None:
