@@ -13,7 +13,7 @@ from modeling_deepseek_moe import CheckpointError, __version__
 from modeling_deepseek_moe.cli.main import app, main
 from modeling_deepseek_moe.finetune.errors import RecipeError
 from modeling_deepseek_moe.finetune.recipe.keys import recipe_keys
-from modeling_deepseek_moe.finetune.recipe.load import SHIPPED
+from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, load_recipe
 
 
 def call(*arguments, **options):
@@ -206,3 +206,22 @@ def test_the_shell_completes_verbs_recipes_and_keys():
     assert completions("deepseek-moe fine") == ["finetune"]
     assert completions("deepseek-moe finetune lora_s") == ["lora_shared"]
     assert "training.learning_rate=" in completions("deepseek-moe finetune lora_all training.le")
+
+
+def test_a_key_with_dashes_is_answered_by_how_keys_are_written():
+    result = call("finetune", "lora_all", "--data", "rows.jsonl", "output_dir=o", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "keys of a recipe have no dashes in front: data=rows.jsonl" in result.output
+
+
+def test_plan_told_the_other_way_round_says_so():
+    result = call("plan", "lora_all", "deepseek-v2-lite")
+    assert (
+        "lora_all is a recipe: name the model first (`deepseek-moe plan deepseek-v2-lite lora_all`)" in result.stderr
+    )
+
+
+def test_a_runs_folder_is_its_recipe_wherever_it_has_moved(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{model: m, data: d, output_dir: elsewhere, seed: 7}")
+    recipe = load_recipe(tmp_path, ["hub_id=me/name"])
+    assert (recipe.seed, recipe.hub_id, recipe.output_dir) == (7, "me/name", str(tmp_path))
