@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 def counting_bar(stays: bool = True) -> Progress:
-    """A bar for each task that counts what is done, and the time left; if it `stays` it is left standing at the end."""
+    """A bar for each task that counts what is done, and the time left; it stays when it is done, if it `stays`."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
