@@ -31,6 +31,10 @@ BORROWED = (
     Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
+    # Whose source is read for `deepseek-moe keys`.
+    Borrowed("transformers.training_args", "TrainingArguments", "the file of this class"),
+    Borrowed("peft.tuners.lora.config", "LoraConfig", "the file of this class"),
+    Borrowed("trl.trainer.dpo_config", "DPOConfig", "the file of this class"),
     # Modules in training.
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),
     Borrowed("torch.nn.modules.module", "._is_replica", "copies of DataParallel are refused"),

@@ -66,14 +66,16 @@ def find_keys(word: str = "") -> list[Key]:
 
 def _keys_of(section: str) -> list[Key]:
     prefix = f"{section}." if section else ""
+    others = {key.name for key in _fields(*SOURCES["training"])} if section == "dpo" else ()  # there already
     return [
         key._replace(name=f"{prefix}{key.name}", default=repr(ours[key.name]) if key.name in ours else key.default)
         for ours in [DEFAULTS.get(section, {})]
         for key in _fields(*SOURCES[section])
-        if is_key(section, key.name)
+        if is_key(section, key.name) and key.name not in others
     ]
 
 
+@functools.cache
 def _fields(package: str, file: str, name: str) -> list[Key]:
     """The fields of a dataclass by its source; none where the package is not installed."""
     found = importlib.util.find_spec(package)
@@ -101,7 +103,10 @@ def _default(value: ast.expr | None, options: dict[str, ast.expr]) -> str | None
     if not _is_field(value):
         return None if value is None else ast.unparse(value)
     if "default_factory" in options:
-        return {"list": "[]", "dict": "{}"}.get(ast.unparse(options["default_factory"]), "chosen by the library")
+        made = options["default_factory"]
+        if isinstance(made, ast.Lambda) and _is_literal(made.body):
+            return ast.unparse(made.body)
+        return {"list": "[]", "dict": "{}"}.get(ast.unparse(made), "chosen by the library")
     default = options.get("default")
     return "chosen by the library" if default is None or not _is_literal(default) else ast.unparse(default)
 
@@ -154,4 +159,5 @@ def _sentence(text: Any) -> str:
     text = " ".join(str(text).split())
     end = re.search(r"(?<!e\.g)(?<!i\.e)[.:](?= [A-Z-])", text)
     text = text[: end.start()] if end else text
-    return f"{text[:1].upper()}{text[1:]}".rstrip(".:") + "."
+    first = text[:1].upper() if text[:1].isascii() else text[:1]  # of a Greek letter nobody knows the capital
+    return f"{first}{text[1:]}".rstrip(".:") + "."
