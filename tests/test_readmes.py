@@ -48,8 +48,9 @@ EVERYTHING = [typed for readme in READMES for typed in typed_in(readme)]
 )
 def test_the_command_line_takes_it(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "first").mkdir(parents=True)  # of which the READMEs speak
-    (tmp_path / "runs" / "first" / "recipe.yaml").write_text("{model: m, data: d, output_dir: o}")
+    (tmp_path / "runs" / "first").mkdir(parents=True)  # which earlier commands of the READMEs make
+    for file in ("runs/first/recipe.yaml", "mine.yaml"):
+        (tmp_path / file).write_text("{model: m, data: d, output_dir: o}")
     assert command_problem(typed.text, may_lack=typed.kind == "prose") is None
 
 

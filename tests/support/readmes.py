@@ -67,6 +67,7 @@ def command_problem(command: str, may_lack: bool = False) -> str | None:
     """
     program, *words = shlex.split(command)
     assert program == COMMAND, command
+    words = words[: words.index(">")] if ">" in words else words
     verb, context = typer.main.get_command(app), None
     if words[:1] and any(words[0] in option.opts for option in verb.params):  # parsing it would obey it
         return None
