@@ -39,7 +39,7 @@ def named(name: str | os.PathLike[str], adapter: str | os.PathLike[str] | None =
         UserError: a folder that does not exist; a run that has not come to its end; an adapter twice; or one whose
             base nothing names.
     """
-    check_exists(name)
+    check_exists(name, f"cannot load model {os.fspath(name)!r}")
     if adapter is not None:
         adapter = named_adapter(adapter)
     folder = Path(name).expanduser()
@@ -69,7 +69,7 @@ def named_adapter(adapter: str | os.PathLike[str]) -> str:
     Raises:
         UserError: a folder that does not exist, a run without an adapter, or one that has not come to its end.
     """
-    check_exists(adapter)
+    check_exists(adapter, f"cannot put adapter {os.fspath(adapter)!r} on the model")
     folder = Path(adapter).expanduser()
     if not is_run(folder):
         return os.fspath(folder) if folder.is_dir() else os.fspath(adapter)
@@ -133,14 +133,19 @@ def is_run(folder: Path) -> bool:
     return inside or (folder / "recipe.yaml").is_file()
 
 
-def check_exists(name: str | os.PathLike[str]) -> None:
-    """Raise a UserError for what can only be a folder's path and is none, before the Hub is asked for it."""
+def check_exists(name: str | os.PathLike[str], problem: str) -> None:
+    """Raise a UserError for what can only be a folder's path and is none, before the Hub is asked for it.
+
+    Args:
+        name: a path, or a name on the Hub.
+        problem: how the message begins.
+    """
     text = os.fspath(name)
     path = Path(text).expanduser()
     if path.exists() or not (text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")):
         return
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-    raise UserError(f"{text} does not exist: {parent} has {_listing(parent)}")
+    raise UserError(f"{problem}: it does not exist; {parent} has {_listing(parent)}")
 
 
 def _listing(folder: Path) -> str:

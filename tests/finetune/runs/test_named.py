@@ -63,10 +63,13 @@ def test_convert_reads_what_the_format_is_about(here):
     [
         (
             lambda: named("runs/first/adapter"),
-            "runs/first/adapter does not exist: .*/runs has begun, full, lora, merged",
+            "cannot load model 'runs/first/adapter': it does not exist; .*/runs has begun, full, lora, merged",
         ),
-        (lambda: named("./runs/first"), "./runs/first does not exist"),
-        (lambda: named("base", "runs/first/adapter"), "runs/first/adapter does not exist"),
+        (lambda: named("./runs/first"), "cannot load model './runs/first': it does not exist"),
+        (
+            lambda: named("base", "runs/first/adapter"),
+            "cannot put adapter 'runs/first/adapter' on the model: it does not exist",
+        ),
         (lambda: named("runs/begun"), "has no results yet"),
         (lambda: named("runs/lora", "me/adapter"), "has an adapter of its own"),
         (lambda: named("base", "runs/full"), "saved a whole model and no adapter"),
