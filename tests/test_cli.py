@@ -190,7 +190,7 @@ def test_keys_are_shown_with_type_default_and_a_line():
     shown = call("keys", "bias_update")
     assert shown.stdout.splitlines()[0] == "bias_update_speed  float = 0.0"
     assert shown.stdout.splitlines()[1].startswith("    Step of the router's balancing bias")
-    assert "did you mean `seed`?" in call("keys", "sed").stderr
+    assert "did you mean `bias_update_speed`?" in call("keys", "bias_updat_speed").stderr
 
 
 def test_the_help_of_finetune_ends_with_every_key():

@@ -17,6 +17,7 @@ from tiny_run import counting_rows, tiny_base, tiny_tokenizer, write_jsonl
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import lora_config
 from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
+from modeling_deepseek_moe.finetune.recipe.load import SHIPPED
 
 # Released models that a command loads: tiny ones of these names are on a local Hub, to which HF_ENDPOINT leads.
 ON_THE_HUB = ("deepseek-ai/DeepSeek-V2-Lite",)
@@ -50,7 +51,7 @@ def test_the_command_line_takes_it(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first").mkdir(parents=True)  # which earlier commands of the READMEs make
     for file in ("runs/first/recipe.yaml", "mine.yaml"):
-        (tmp_path / file).write_text("{model: m, data: d, output_dir: o}")
+        (tmp_path / file).write_text(f"data: rows.jsonl\noutput_dir: o\n{SHIPPED['lora_all'].read_text()}")
     assert command_problem(typed.text, may_lack=typed.kind == "prose") is None
 
 

@@ -98,15 +98,14 @@ def report_experts(
             raise UserError(f"`{name}` is {value}: it is a number of rows, at least 1")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws {PICTURE}, is not installed: {install('matplotlib')}")
-    found = named(model, adapter)
-    model, adapter = found.model, found.adapter
     sources = [os.fspath(source) for source in (data, compare) if source is not None]
     names = _names(sources)
     folder = Path(output_dir).expanduser()
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
-    recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
+    make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
     with _replaced(folder, (PICTURE, TABLE)) as scratch:
-        network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code)
+        found = named(model, adapter)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code)
         moe_layers(network)
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)
@@ -118,8 +117,8 @@ def report_experts(
             reason = f"batch_size={batch_size} rows of max_length={max_length} tokens do not fit into memory"
             raise UserError(f"{reason}: lower one of them") from error
         report = {
-            "model": recipe.model,
-            "adapter": None if adapter is None else os.fspath(adapter),
+            "model": found.model,
+            "adapter": found.adapter,
             "dtype": str(network.dtype).removeprefix("torch."),
             "top_k": network.config.num_experts_per_tok,
             "even_share": 1 / network.config.n_routed_experts,

