@@ -44,7 +44,7 @@ def named(name: str | os.PathLike[str], adapter: str | os.PathLike[str] | None =
         adapter = named_adapter(adapter)
     folder = Path(name).expanduser()
     if not folder.is_dir() or not (is_run(folder) or _is_only_adapter(folder)):
-        return Named(os.fspath(folder) if folder.is_dir() else os.fspath(name), adapter)
+        return Named(_as_named(name), adapter)
     results = read_results(folder)
     if results.model is not None:
         before = results.base if folder.name != "model" else None
@@ -72,7 +72,7 @@ def named_adapter(adapter: str | os.PathLike[str]) -> str:
     check_exists(adapter, f"cannot put adapter {os.fspath(adapter)!r} on the model")
     folder = Path(adapter).expanduser()
     if not is_run(folder):
-        return os.fspath(folder) if folder.is_dir() else os.fspath(adapter)
+        return _as_named(adapter)
     found = read_results(folder).adapter
     if found is None:
         raise UserError(f"{adapter} saved a whole model and no adapter: name it as the model")
@@ -146,6 +146,11 @@ def check_exists(name: str | os.PathLike[str], problem: str) -> None:
         return
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     raise UserError(f"{problem}: it does not exist; {parent} has {_listing(parent)}")
+
+
+def _as_named(name: str | os.PathLike[str]) -> str:
+    text = os.fspath(name)
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def _listing(folder: Path) -> str:
