@@ -44,7 +44,8 @@ class ConversionReport:
     def lines(self) -> Iterator[str]:
         """The report as text, line by line."""
         yield from self.plan.notes
-        tensors = f"{self.plan.tensor_count} tensors, {self.plan.size} bytes in {len(self.plan.shards)} files"
+        files = len(self.plan.shards)
+        tensors = f"{self.plan.tensor_count:,} tensors, {self.plan.size:,} bytes in {files} file{'s' * (files > 1)}"
         if not self.actions:
             yield f"{self.plan.source.folder} -> {self.target}: {tensors} (dry run, nothing is written)"
             return

@@ -44,6 +44,10 @@ BORROWED = (
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
     Borrowed("transformers.distributed.checkpoint", "save_optimizer_distributed", "resuming on spread models"),
     Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
+    # Whose source is read for `deepseek-moe keys`.
+    Borrowed("transformers.training_args", "TrainingArguments", "the file of this class"),
+    Borrowed("peft.tuners.lora.config", "LoraConfig", "the file of this class"),
+    Borrowed("trl.trainer.dpo_config", "DPOConfig", "the file of this class"),
     # Modules in training.
     Borrowed("torch.nn.modules.module", "._non_persistent_buffers_set", "buffers that sharding is to leave whole"),
     Borrowed("torch", "_C._current_graph_task_id", "a forward pass that checkpointing repeats is not counted"),

@@ -19,8 +19,20 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice that is spelled most like `word`, for "did you mean"."""
-    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
+    """The choice that `word` is most likely meant for, for "did you mean".
+
+    Names may have a section in front and words between underscores: `epochs` means `training.num_train_epochs`, the
+    first name that has these words among its own. Else it is the one that is spelled most alike.
+    """
+    section, _, name = word.lower().rpartition(".")
+
+    def closeness(choice: str) -> tuple[int, bool, float]:
+        its_section, _, its_name = choice.lower().rpartition(".")
+        meant = 2 if name == its_name else int(set(name.split("_")) < set(its_name.split("_")))
+        alike = 0.0 if meant == 1 else difflib.SequenceMatcher(None, word.lower(), choice.lower()).ratio()
+        return meant, section == its_section, alike
+
+    return max(choices, key=closeness)
 
 
 def raised_by(error: BaseException, *packages: str) -> bool:

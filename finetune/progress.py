@@ -1,5 +1,6 @@
 """Progress bars, on stderr."""
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -7,15 +8,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
-def counting_bar() -> Progress:
-    """A bar for each task that counts what is done, and the time left."""
+def counting_bar(stays: bool = True) -> Progress:
+    """A bar for each task that counts what is done, and the time left; it stays when it is done, if it `stays`."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    # Lines for a file or a pipe go there and not to the terminal of the bar.
+    return Progress(*columns, console=Console(stderr=True), transient=not stays, redirect_stdout=sys.stdout.isatty())
 
 
 def row_progress() -> Progress:

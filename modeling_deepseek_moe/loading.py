@@ -107,6 +107,7 @@ class CheckpointMixin:
         quantizer = getattr(self, "hf_quantizer", None)
         if quantizer is not None and not is_adapted and not quantizer.is_serializable():
             method = quantizer.quantization_config.quant_method
+            method = getattr(method, "value", method)
             raise ValueError(
                 f"weights that were quantised while loading ({method}) are not saved: save the adapter, and merge it "
                 "into the unquantised checkpoint (`deepseek-moe convert MODEL TARGET --to bf16 --adapter ADAPTER`)"

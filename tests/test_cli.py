@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe import CheckpointError, __version__
 from modeling_deepseek_moe.cli.main import app, main
 from modeling_deepseek_moe.finetune.errors import RecipeError
+from modeling_deepseek_moe.finetune.recipe.keys import recipe_keys
+from modeling_deepseek_moe.finetune.recipe.load import SHIPPED, load_recipe
 
 
 def call(*arguments, **options):
@@ -58,7 +60,10 @@ def test_wrong_arguments_exit_with_2(arguments):
     [
         (["absent.yaml"], "cannot read recipe absent.yaml: No such file or directory"),
         (["lora_all"], "the recipe lacks `data`"),
-        (["lora_all", "data=d", "output_dir=o", "lr=1"], "unknown recipe key `lr`: did you mean `lora.r`?"),
+        (
+            ["lora_all", "data=d", "output_dir=o", "lr=1"],
+            "unknown recipe key `lr`: did you mean `training.learning_rate`?",
+        ),
         (["lora_all", "data"], "'data' is not of the form key=value"),
     ],
     ids=["no file", "no data", "unknown key", "no value"],
@@ -77,7 +82,20 @@ def test_errors_of_ours_become_one_line(monkeypatch, error):
     assert (result.exit_code, result.stderr) == (1, "first second\n")
 
 
-VERBS = ["finetune", "experts", "evaluate", "chat", "convert", "push", "plan", "demo", "esft score", "esft select"]
+VERBS = [
+    "finetune",
+    "recipes",
+    "keys",
+    "experts",
+    "evaluate",
+    "chat",
+    "convert",
+    "push",
+    "plan",
+    "demo",
+    "esft score",
+    "esft select",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -88,14 +106,15 @@ def test_every_verb_can_show_the_whole_of_an_error(verb):
 def test_an_error_is_shown_whole_with_its_cause_if_asked_for(tmp_path):
     code = (
         "import sys; from modeling_deepseek_moe.cli.main import main\n"
-        "sys.argv = ['deepseek-moe', 'finetune', 'lora_all', 'data=d', f'output_dir={sys.argv[1]}', "
-        "'model=/nowhere/model', *sys.argv[2:]]\n"
+        "sys.argv = ['deepseek-moe', 'finetune', 'lora_all', 'data=d', f'output_dir={sys.argv[1]}/run', "
+        "f'model={sys.argv[1]}/model', *sys.argv[2:]]\n"
         "main()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run"), "--traceback"]
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path), "--traceback"]
     whole = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert whole.returncode == 1
-    assert "UserError: cannot load model '/nowhere/model': " in whole.stderr.splitlines()[-1]
+    assert f"UserError: cannot load model '{tmp_path}/model': " in whole.stderr.splitlines()[-1]
     assert whole.stderr.count("Traceback (most recent call last):") > 1
     assert "was the direct cause of the following exception" in whole.stderr
 
@@ -157,3 +176,52 @@ def test_help_imports_nothing_that_only_training_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_recipes_are_listed_and_printed():
+    listed = call("recipes")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(SHIPPED)
+    assert call("recipes", "lora_all").stdout == SHIPPED["lora_all"].read_text()
+    wrong = call("recipes", "lora_al")
+    assert (wrong.exit_code, wrong.stderr) == (1, "no recipe is named 'lora_al': did you mean 'lora_all'?\n")
+
+
+def test_keys_are_shown_with_type_default_and_a_line():
+    shown = call("keys", "bias_update")
+    assert shown.stdout.splitlines()[0] == "bias_update_speed  float = 0.0"
+    assert shown.stdout.splitlines()[1].startswith("    Step of the router's balancing bias")
+    assert "did you mean `bias_update_speed`?" in call("keys", "bias_updat_speed").stderr
+
+
+def test_the_help_of_finetune_ends_with_every_key():
+    shown = call("finetune", "--help").stdout
+    assert all(f"\n{key.name}  " in shown for key in recipe_keys())
+
+
+def test_the_shell_completes_verbs_recipes_and_keys():
+    def completions(line):
+        variables = {"_DEEPSEEK_MOE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        return call(env=variables, prog_name="deepseek-moe").stdout.split()
+
+    assert completions("deepseek-moe fine") == ["finetune"]
+    assert completions("deepseek-moe finetune lora_s") == ["lora_shared"]
+    assert "training.learning_rate=" in completions("deepseek-moe finetune lora_all training.le")
+
+
+def test_a_key_with_dashes_is_answered_by_how_keys_are_written():
+    result = call("finetune", "lora_all", "--data", "rows.jsonl", "output_dir=o", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "keys of a recipe have no dashes in front: data=rows.jsonl" in result.output
+
+
+def test_plan_told_the_other_way_round_says_so():
+    result = call("plan", "lora_all", "deepseek-v2-lite")
+    assert (
+        "lora_all is a recipe: name the model first (`deepseek-moe plan deepseek-v2-lite lora_all`)" in result.stderr
+    )
+
+
+def test_a_runs_folder_is_its_recipe_wherever_it_has_moved(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{model: m, data: d, output_dir: elsewhere, seed: 7}")
+    recipe = load_recipe(tmp_path, ["hub_id=me/name"])
+    assert (recipe.seed, recipe.hub_id, recipe.output_dir) == (7, "me/name", str(tmp_path))

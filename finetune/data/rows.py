@@ -23,6 +23,7 @@ form that the template shows, and what it does not show of tools, calls and thou
 Rows of preferences, for the `dpo` section, are in `preferences.py`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -45,6 +46,7 @@ from transformers import (
 
 from ..errors import UserError
 from ..files import write_text
+from ..progress import counting_bar
 from ..recipe.schema import Recipe
 from .chat import IGNORED, encode, encode_fitting
 from .forms import known_form
@@ -201,17 +203,40 @@ def _load(
     rows, mark = open_rows(source, split)
     name, report = reading.digest(mark)[:32], RowReport(source)
     kept_report = Path(cache_dir) / f"{name}.json"
+    arguments = {"reading": reading, "report": report, "kept_report": kept_report}
     try:
-        data = datasets.Dataset.from_generator(
-            _cached_rows,
-            features=reading.kept_features,
-            cache_dir=os.fspath(cache_dir),
-            gen_kwargs={"rows": rows(), "reading": reading, "report": report, "kept_report": kept_report},
-            fingerprint=name,
-        )
+        with _counted(rows(), f"tokenizing {Path(source).name}") as counted:
+            data = datasets.Dataset.from_generator(
+                _cached_rows,
+                features=reading.kept_features,
+                cache_dir=os.fspath(cache_dir),
+                gen_kwargs={"rows": counted, **arguments},
+                fingerprint=name,
+            )
     except DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
     return data, RowReport(**json.loads(kept_report.read_text(encoding="utf-8")))
+
+
+@contextlib.contextmanager
+def _counted(rows: Iterator[tuple[str, Any]], title: str) -> Iterator[Iterator[tuple[str, Any]]]:
+    """The rows, with a bar from the first one on in place of that of datasets, which speaks of splits."""
+    shows_bars, bar = not datasets.are_progress_bars_disabled(), counting_bar(stays=False)
+
+    def counted() -> Iterator[tuple[str, Any]]:
+        bar.start()
+        task = bar.add_task(title, total=None)
+        for row in rows:
+            yield row
+            bar.advance(task)
+
+    datasets.disable_progress_bars()
+    try:
+        yield counted()
+    finally:
+        bar.stop()
+        if shows_bars:
+            datasets.enable_progress_bars()
 
 
 def _cached_rows(

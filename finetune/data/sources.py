@@ -1,5 +1,6 @@
 """Where rows come from: files and folders, and data sets of the Hub."""
 
+import difflib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,18 +32,28 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
     Raises:
         UserError: there is no such source or split.
     """
+    check_source(source)
     path = Path(source)
     if os.path.isfile(source):
         return lambda: file_rows(path), "" if streaming else path_digest(path)
     if os.path.isdir(source):
         return _open_folder(path, split, streaming)
-    if is_rows_file(path) or source.startswith((".", "/", "~")):
-        raise UserError(f"data {source!r} does not exist: give the path of {_NAMES}")
     try:
         data = datasets.load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot load data {source!r}, split {split!r}: {first_line(error)}") from error
     return lambda: _numbered(data), "" if streaming else fingerprint(data)
+
+
+def check_source(source: str) -> None:
+    """Raise a UserError for what can only be a path and is none; it costs nothing, so it can come first."""
+    path = Path(source)
+    if os.path.exists(source) or not (is_rows_file(path) or source.startswith((".", "/", "~"))):
+        return
+    others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    close = difflib.get_close_matches(path.name, others, n=1, cutoff=0.8)
+    hint = f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
+    raise UserError(f"data {source!r} does not exist{hint}: give the path of {_NAMES}")
 
 
 def _open_folder(folder: Path, split: str, streaming: bool) -> tuple[Callable[[], Rows], str]:

@@ -18,6 +18,7 @@ from rich.text import Text
 from ..errors import UserError
 from ..files import write_text
 from ..model.use import load_for_use
+from ..runs.named import named
 from .conversation import Conversation
 
 COMMANDS = {
@@ -49,7 +50,7 @@ def chat(
     """Talk with a model until Ctrl-D, `/exit` or the end of the pipe.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         adapter: folder or Hub name of an adapter to put on the model.
         system: the system message.
         max_new_tokens: the most tokens of an answer.
@@ -66,7 +67,8 @@ def chat(
     sampling = _sampling(max_new_tokens, temperature, top_p, greedy)
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}: it is a whole number at least 0 and below 2**63")
-    network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
+    found = named(model, adapter)
+    network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
     if not greedy:
         own = network.generation_config
         sampling["temperature"] = temperature or own.temperature or _TEMPERATURE

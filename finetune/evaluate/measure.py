@@ -29,6 +29,7 @@ from ..model.tokenizer import load_tokenizer
 from ..model.use import load_for_use, put_adapter
 from ..progress import counting_bar
 from ..recipe.metrics import find_metric
+from ..runs.named import named
 from .answers import Question, generate_answers, questions_of, text_of
 from .harness import load_tasks, run_tasks
 from .metrics import score_answers
@@ -83,7 +84,7 @@ def evaluate_model(
     """Measure a model, and what it came from, and print both.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         adapter: folder or Hub name of an adapter to put on it; then `before` is the model without it.
         tasks: names of the LM Evaluation Harness' tasks, or paths of task files.
         chat_template: ask the tasks' questions through the tokenizer's chat template.
@@ -93,7 +94,7 @@ def evaluate_model(
         split: which split of a Hub data set.
         metric: what judges the answers (`recipe/metrics.py`); by default exact_match.
         max_new_tokens: the most tokens of an answer; by default twice the longest reference.
-        before: a second model, to compare with.
+        before: a second model, to compare with; by default what a run's whole model was trained from.
         limit: the most rows of `data`, evenly spread, and the most documents of each task.
         batch_size: questions or windows in one batch.
         output: folder for `evaluation.json` and `answers.jsonl`, which replace those of an earlier call and no others.
@@ -117,6 +118,9 @@ def evaluate_model(
     metric = os.fspath(metric or "exact_match")
     if data is not None:
         find_metric(metric)
+    asked, found = Path(model), named(model, adapter)
+    model, adapter = found.model, found.adapter
+    before = found.before if before is None else named(before).model
     output = Path(output).expanduser()
     with nothing_lost_if_full(output), _folder(output) as folder:
         tokenizer = load_tokenizer(model, trust_remote_code)
@@ -158,14 +162,15 @@ def evaluate_model(
                 write_text(stack.enter_context(replaced(folder / ANSWERS)), "".join(lines))
             text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
             write_text(stack.enter_context(replaced(folder / REPORT)), text)
-    print_scores(report, folder)
+    print_scores(report, folder, asked)
     return report
 
 
-def print_scores(report: dict[str, Any], folder: Path) -> None:
-    """Prints the table of scores, and where the files are."""
+def print_scores(report: dict[str, Any], folder: Path, asked: Path) -> None:
+    """Prints the table of scores, and where the files are; `asked` is how the model was named."""
     before, after = report["before"], report["after"]
-    name = Path(report["model"]).name + (f" with {Path(report['adapter']).name}" if report["adapter"] else "")
+    name, has_other_adapter = asked.name, os.fspath(asked) == report["model"] and report["adapter"]
+    name += f" with {Path(report['adapter']).name}" if has_other_adapter else ""
     table = Table(title=Text(name))
     table.add_column("measure", overflow="fold")
     for column in ("score",) if before is None else ("before", "after", "change"):

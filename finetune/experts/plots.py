@@ -1,15 +1,22 @@
 """Pictures of a run."""
 
+import itertools
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..files import replaced
 
+_FEW = 30  # points of a curve that are marked
+
 
 def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: float | None = None) -> None:
     """Draw training loss, and held-out loss where it was measured, over optimizer steps into a PNG file.
+
+    A second scale on top says how many tokens had been seen by then, where the history counts them.
 
     Args:
         history: the Trainer's `log_history`.
@@ -25,16 +32,41 @@ def loss_curve(history: list[dict[str, Any]], path: Path, eval_loss_before: floa
         held_out.insert(0, (0, eval_loss_before))
     figure = Figure(figsize=(7, 4))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.97, "bottom": 0.14, "top": 0.96})
-    for points, style, label in ((train, "-", "training"), (held_out, "o--", "held out")):
+    axes = figure.subplots()
+    # A line between a few points hides where they are, and there is none for a single one.
+    for points, style, label in (
+        (train, "-" if len(train) > _FEW else ".-", "training"),
+        (held_out, "o--", "held out"),
+    ):
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    seen = {row["step"]: row["num_input_tokens_seen"] for row in history if row.get("num_input_tokens_seen")}
+    if seen:
+        _add_tokens(axes, {0: 0, **seen})
     axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, path)
+
+
+def _add_tokens(axes: Any, seen: dict[int, int]) -> None:
+    """A scale of tokens above one of steps; the tokens of two steps may be unlike."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    steps = sorted(seen)
+    tokens = [seen[step] for step in steps]
+    shown = [value for value in MaxNLocator(6).tick_values(0, tokens[-1]) if 0 <= value <= tokens[-1]]
+    name = EngFormatter(sep="")
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(np.interp(shown, tokens, steps), [name(value) for value in shown])
+    top.set_xlabel("tokens seen")
+
+
+def _write(figure: Any, path: Path) -> None:
     with replaced(path) as picture:
-        figure.savefig(picture, format="png", dpi=120)
+        # As large as titles and labels need it.
+        figure.savefig(picture, format="png", dpi=120, bbox_inches="tight", pad_inches=0.12)
 
 
 def expert_map(
@@ -45,7 +77,8 @@ def expert_map(
 ) -> None:
     """Draw how the tokens spread over experts, one heat map under the other, into a PNG file.
 
-    Everything is in units of the even share 1/E. Experts without any token are grey.
+    Everything is in units of the even share 1/E. Experts without any token are grey; a layer that did not run, as
+    multi-token layers without a loss, has no row, and the first title says so.
 
     Args:
         shares: title to share of the tokens `[layers, E]`; these maps have one scale.
@@ -59,23 +92,35 @@ def expert_map(
     from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
 
-    differences = differences or {}
+    ran = torch.stack([share.cpu().sum(dim=1) > 0 for share in shares.values()]).any(dim=0)
+    ran = ran if ran.any() else ~ran
+    idle = [str(layer) for layer, has_run in zip(layers, ran, strict=True) if not has_run]
+    layers = [layer for layer, has_run in zip(layers, ran, strict=True) if has_run]
+    shares = {title: share[ran.to(share.device)] for title, share in shares.items()}
+    differences = {title: values[ran.to(values.device)] for title, values in (differences or {}).items()}
     rows, experts = next(iter(shares.values())).shape
     # In inches; a map has room around it for its labels.
     height, width = min(7.5, max(1.5, rows / 5)), min(14.4, max(5.4, 1 + experts / 8))
-    whole = (width + 1.6, (len(shares) + len(differences)) * (height + 0.9))
+    said = f"layer{'s' * (len(idle) > 1)} {', '.join(idle)} did not run" if idle else ""
+    wrapped = {}
+    for title, share in {**shares, **dict.fromkeys(differences)}.items():
+        notes = "; ".join(["grey: unused"] * bool(share is not None and (share == 0).any()) + [said] * bool(said))
+        wrapped[title] = textwrap.wrap(f"{title} ({notes})" if notes else title, int(width * 12))
+        said = ""
+    rooms = [height + 0.7 + 0.2 * len(lines) for lines in wrapped.values()]
+    whole = (width + 1.6, sum(rooms))
     figure = Figure(figsize=whole)
     FigureCanvasAgg(figure)
-    tops = iter(whole[1] - 0.35 - number * (height + 0.9) for number in range(len(shares) + len(differences)))
+    bottoms = iter(whole[1] - total + 0.55 for total in itertools.accumulate(rooms))
 
     def draw(title: str, values: torch.Tensor, norm: Normalize, colors: Any, label: str) -> None:
-        bottom = next(tops) - height
+        bottom = next(bottoms)
         axes, bar = (
             figure.add_axes((left / whole[0], bottom / whole[1], size / whole[0], height / whole[1]))
             for left, size in ((0.6, width), (width + 0.7, 0.15))
         )
         image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
-        axes.set_title(title, loc="left", parse_math=False)
+        axes.set_title("\n".join(wrapped[title]), loc="left", parse_math=False)
         axes.set(xlabel="expert", ylabel="layer")
         step = -(-rows // 20)
         axes.set_yticks(range(0, rows, step), [str(layer) for layer in layers[::step]])
@@ -87,7 +132,7 @@ def expert_map(
     for title, share in shares.items():
         unused = share == 0
         draw(
-            f"{title} (grey: unused)" if unused.any() else title,
+            title,
             (share.double() * experts).masked_fill(unused, float("nan")).cpu(),
             common,
             colormaps["viridis"].with_extremes(bad="0.8"),
@@ -97,5 +142,4 @@ def expert_map(
     for title, difference in differences.items():
         values = difference.double().cpu() * experts
         draw(title, values, Normalize(-limit, limit), colormaps["RdBu_r"], "difference, in even shares")
-    with replaced(path) as picture:
-        figure.savefig(picture, format="png", dpi=120)
+    _write(figure, path)

@@ -49,6 +49,7 @@ from ..files import check_replaceable, nothing_lost_if_full, read_object, says_f
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
 from ..recipe.load import make_recipe
+from ..runs.named import named
 from .plots import expert_map
 from .routing import CLAIM, RoutingTotals, claimed_experts, moe_layers, padded_batches, routing_totals, share_distance
 
@@ -74,7 +75,7 @@ def report_experts(
     """Run data through a model, print which experts serve it, and draw that.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
         compare: a second one, to compare with the first.
         output_dir: folder for `experts.png` and `experts.json`, which replace those of an earlier call and no others.
@@ -103,9 +104,10 @@ def report_experts(
     names = _names(sources)
     folder = Path(output_dir).expanduser()
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
-    recipe = make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
+    make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
+    found = named(model, adapter)
     with nothing_lost_if_full(folder), _replaced(folder, (PICTURE, TABLE)) as scratch:
-        network, tokenizer = load_for_use(model, dtype, adapter, trust_remote_code, text_only)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
         moe_layers(network)
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)
@@ -117,8 +119,8 @@ def report_experts(
             reason = f"batch_size={batch_size} rows of max_length={max_length} tokens do not fit into memory"
             raise UserError(f"{reason}: lower one of them") from error
         report = {
-            "model": recipe.model,
-            "adapter": None if adapter is None else os.fspath(adapter),
+            "model": found.model,
+            "adapter": found.adapter,
             "dtype": str(network.dtype).removeprefix("torch."),
             "top_k": network.config.num_experts_per_tok,
             "even_share": 1 / network.config.n_routed_experts,

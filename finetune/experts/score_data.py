@@ -24,7 +24,9 @@ from ..files import check_replaceable, nothing_lost_if_full, write_text
 from ..model.counting import blocks_of, router_of
 from ..model.use import load_for_use
 from ..progress import row_progress, speedometer
+from ..recipe.load import RUN_RECIPE
 from ..recipe.schema import PAPERS_TOP_P
+from ..runs.named import named
 from .routing import moe_layers, padded_batches, routing_totals
 from .scores import Scores, esft_scores, expert_cfg, read_scores, select_experts, trained_count
 
@@ -47,7 +49,7 @@ def score_data(
     """Run a sample of the data through the model, and write the score of every expert.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder or Hub name; of a run's folder the model or the adapter in it (`runs/named.py`).
         data: JSONL file or Hub data set; `data/rows.py` says which rows.
         output: the file of scores; one that an earlier call wrote is replaced.
         split: which split of Hub data sets.
@@ -72,7 +74,8 @@ def score_data(
     if max_length < 2:
         raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
-        network, tokenizer = load_for_use(model, dtype, None, trust_remote_code, text_only)
+        found = named(model)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
         moe_layers(network)
         with nothing_lost_if_full(output):
             # The folder of tokenized rows is gone before the scores are written, which need little room.
@@ -224,7 +227,7 @@ def _writable(output: str | os.PathLike[str], read: Callable[[Path], Any]) -> Pa
 
 def _belongs_to_weights(folder: Path) -> bool:
     """Whether a file in this folder is a part of a run, an adapter or a model."""
-    return (folder / "recipe.yaml").is_file() or any(folder.glob("*.safetensors"))
+    return (folder / RUN_RECIPE).is_file() or any(folder.glob("*.safetensors"))
 
 
 def _can(read: Callable[[Path], Any], path: Path) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from modeling_deepseek_moe.parts import MODULES, PARAMETERS, WORDS
 
 from ..recipe.checks import check_words
+from ..recipe.sections import DEFAULTS
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,11 @@ def known_warnings() -> Iterator[None]:
 
 
 def lora_config(
-    model: "PreTrainedModel", targets: Iterable[str], r: int = 16, lora_alpha: int = 32, **peft_options: Any
+    model: "PreTrainedModel",
+    targets: Iterable[str],
+    r: int = DEFAULTS["lora"]["r"],
+    lora_alpha: int = DEFAULTS["lora"]["lora_alpha"],
+    **peft_options: Any,
 ) -> "LoraConfig":
     """A `peft.LoraConfig` that puts adapters on the named parts of `model`.
 

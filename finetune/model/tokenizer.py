@@ -41,7 +41,7 @@ def load_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = Fals
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise UserError(f"cannot load model {name!r}: {why_not(name, error)}") from error
     if Path(str(getattr(tokenizer, "vocab_file", ""))).name == RANKS:
         raise UserError(
             f"cannot load model {name!r}: its {RANKS} has the tokens but not the pattern that cuts a text into them, "
@@ -62,6 +62,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: 
             f"model {model!r} has vocab_size={vocab_size} but its tokenizer knows {len(tokenizer)} tokens: they do "
             "not belong together"
         )
+
+
+def why_not(name: str, error: BaseException) -> str:
+    """Why something of this name could not be loaded; what no folder has may be on the Hub, or misspelt."""
+    reason = first_line(error)
+    return reason if os.path.exists(name) else f"there is no such folder, and from the Hub: {reason}"
 
 
 def _read(name: str, code: str) -> PreTrainedTokenizerBase:

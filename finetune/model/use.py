@@ -78,6 +78,7 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
+        reason = reason if os.path.exists(adapter) else f"there is no such folder, and from the Hub: {reason}"
         raise UserError(f"cannot put adapter {adapter!r} on the model: {reason}") from error
     if not esft:
         if adapted.active_peft_config.is_prompt_learning:

@@ -18,8 +18,10 @@ from modeling_deepseek_moe.presets import PRESET_OF_SIBLING, PRESETS, released_j
 
 from ..errors import UserError, first_line, nearest
 from ..model.checks import check_configs
-from ..recipe.load import load_recipe, make_recipe
+from ..recipe.load import SHIPPED, load_recipe, make_recipe, recipe_file
 from ..recipe.schema import Recipe
+from ..runs.named import named
+from ..runs.results import is_run
 from .memory import Memory, MemoryPlan
 
 GIB = 2**30
@@ -62,11 +64,13 @@ class Advice:
 
 
 def find_config(model: str) -> DeepseekMoeConfig:
-    """The config of a released model by its name or its Hub name, of a folder, or of another model on the Hub.
+    """The config of a released model by its name or its Hub name, of a folder or a run, or of another one on the Hub.
 
     Raises:
         UserError: there is none, or it is of a model that this package does not have.
     """
+    if is_run(Path(model)):
+        return find_config(named(model).model)
     path = Path(model).expanduser()
     if not path.exists() and (released := released_json(model.rpartition("/")[2].lower())) is not None:
         return DeepseekMoeConfig.from_dict(released)
@@ -91,6 +95,8 @@ def find_config(model: str) -> DeepseekMoeConfig:
 
 def plan_recipe(name: str, model: str, overrides: list[str]) -> Recipe:
     """A recipe for this model; data and output folder need not be known."""
+    if model in SHIPPED and not recipe_file(name).is_file():
+        raise UserError(f"{model} is a recipe: name the model first (`deepseek-moe plan {name} {model}`)")
     unknown = [f"{key}=unknown" for key in ("data", "output_dir")]
     return load_recipe(name, [*unknown, *overrides, f"model={model}"])
 

@@ -6,4 +6,5 @@ seals.py        folders whose files are known again by size and SHA-256
 together.py     processes of one run end together
 lock.py         one process at a time works in a folder
 results.py      what there is to publish: of a run, or a folder from elsewhere
+named.py        the model and the adapter that a verb is to use, where it is told a run
 """

@@ -31,14 +31,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import RecipeError, UserError
 from ..files import path_digest, read_object, remove, write_text
-from ..recipe.load import dump_recipe, load_recipe
+from ..recipe.load import RUN_RECIPE, dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 from .checkpoints import sound_checkpoint, unfinished_checkpoints
 from .lock import Locked, locked
 from .together import wait_for_failing_processes
 
 ROWS, SUMMARY, RESULTS = "data", "summary.json", ("adapter", "model")
-_RECIPE, DATA_MARKS, _LOCK = "recipe.yaml", "data.json", "run.lock"
+DATA_MARKS, _LOCK = "data.json", "run.lock"
 # The second name while files move there or back: then those that have not moved are of the old run, too.
 _REPLACED, _MOVING = "replaced-run", "replaced-run.moving"
 _OURS = re.compile(
@@ -197,12 +197,12 @@ def _claim(folder: Path, recipe: Recipe) -> OpenRun:
     marks = {key: _digest(source) for key, source in files.items() if source}
     try:
         _bring_back(folder)  # an earlier process was killed before its run began
-        found = OpenRun(folder, is_new=not (folder / _RECIPE).is_file())
+        found = OpenRun(folder, is_new=not (folder / RUN_RECIPE).is_file())
         if found.is_new:
             if others := sorted(path.name for path in folder.iterdir() if not _is_left_over(path.name)):
                 if any(_OURS.fullmatch(name) for name in others):
                     raise RecipeError(
-                        f"`output_dir` {folder} holds a run whose {_RECIPE} is missing: put that back, or choose "
+                        f"`output_dir` {folder} holds a run whose {RUN_RECIPE} is missing: put that back, or choose "
                         "another folder"
                     )
                 raise RecipeError(
@@ -222,7 +222,7 @@ def _claim(folder: Path, recipe: Recipe) -> OpenRun:
             found.is_finished = _is_finished(folder, recipe, marks, found.summary)
         if not found.is_finished:
             write_kept(folder / DATA_MARKS, marks)
-            write_text(folder / _RECIPE, dump_recipe(recipe))
+            write_text(folder / RUN_RECIPE, dump_recipe(recipe))
             remove(folder.glob("*.aside"))
             found.checkpoint = _checkpoint(folder, bool(recipe.training.get("load_best_model_at_end")))
         return found
@@ -250,13 +250,13 @@ def _checkpoint(folder: Path, needs_best: bool) -> Path | None:
 def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
     """What tells this recipe from the folder's, in a few words; empty if nothing does."""
     try:
-        theirs = load_recipe(folder / _RECIPE)
+        theirs = load_recipe(folder / RUN_RECIPE)
     except UserError as error:
-        return f"its {_RECIPE} cannot be read: {error}"
+        return f"its {RUN_RECIPE} cannot be read: {error}"
     for item in dataclasses.fields(Recipe):
         here, there = getattr(recipe, item.name), getattr(theirs, item.name)
         if item.name not in MAY_CHANGE and here != there:
-            return f"its `{item.name}` is {there!r}, not {here!r}"
+            return _difference_of(item.name, here, there)
     try:
         known = read_kept(folder / DATA_MARKS)
     except UserError as problem:
@@ -264,6 +264,17 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
     changed = next((key for key in marks if key not in MAY_CHANGE and marks[key] != known.get(key)), None)
     what = "rows" if changed in _ROWS else "file"
     return f"the {what} of `{changed}` {'have' if changed in _ROWS else 'has'} changed since" if changed else ""
+
+
+def _difference_of(key: str, here: Any, there: Any) -> str:
+    """How the value of one key differs; of a section, the first of its keys that does."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        name = next(name for name in [*here, *there] if here.get(name) != there.get(name) or name not in here)
+        if name not in here or name not in there:
+            whose, value = ("its", there[name]) if name in there else ("this one's", here[name])
+            return f"{whose} recipe alone has `{key}.{name}`, {value!r}"
+        return _difference_of(f"{key}.{name}", here[name], there[name])
+    return f"its `{key}` is {there!r}, not {here!r}"
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
@@ -279,7 +290,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 def _is_finished(folder: Path, recipe: Recipe, marks: dict[str, str], summary: dict[str, Any] | None) -> bool:
     """Whether everything that the recipe asks for is there, but for publishing."""
-    theirs, known = load_recipe(folder / _RECIPE), read_kept(folder / DATA_MARKS)
+    theirs, known = load_recipe(folder / RUN_RECIPE), read_kept(folder / DATA_MARKS)
     asked = MAY_CHANGE - _OF_PUBLISHING
     if summary is None or marks.get("metric") != known.get("metric"):
         return False
@@ -318,7 +329,7 @@ def _bring_back(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     # The recipe last: without it, what a kill leaves would be nobody's.
-    remove(sorted(_own(folder), key=lambda path: path.name == _RECIPE))
+    remove(sorted(_own(folder), key=lambda path: path.name == RUN_RECIPE))
 
 
 def _own(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG
 
 from ..errors import UserError
 from ..files import file_digest, read_object
+from ..recipe.load import RUN_RECIPE
 from ..recipe.values import read_yaml_file
 from .folder import DATA_MARKS, MAY_CHANGE, read_kept
 
@@ -47,7 +48,7 @@ class RunResults:
 
 def run_identity(folder: Path) -> str:
     """`RunResults.identity` of a run that has begun."""
-    recipe = read_yaml_file(folder / "recipe.yaml")
+    recipe = read_yaml_file(folder / RUN_RECIPE)
     kept = {key: value for key, value in recipe.items() if key not in MAY_CHANGE}
     kept |= {key: str(value).rpartition("/")[2] for key in _OF_A_MACHINE if (value := kept.get(key))}
     marks = {key: value for key, value in read_kept(folder / DATA_MARKS).items() if key not in MAY_CHANGE}
@@ -62,12 +63,13 @@ def read_results(folder: Path) -> RunResults:
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give that of a run, of an adapter or of a model")
-    if folder.name in _PARTS and (folder.parent / "recipe.yaml").is_file():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: give the folder of a run, of an adapter or of a model")
+    if folder.name in _PARTS and (folder.parent / RUN_RECIPE).is_file():
         run = read_results(folder.parent)
         parts = {part: getattr(run, part) if folder.name == part else None for part in _PARTS}
         return RunResults(run.folder, parts["adapter"], parts["model"], run.recipe, run.summary, run.base)
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RUN_RECIPE).is_file():
         return _of_a_run(folder)
     if is_adapter(folder):
         name = (read_object(folder / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
@@ -78,6 +80,13 @@ def read_results(folder: Path) -> RunResults:
         f"{folder} has no results to push: neither recipe.yaml of a run, nor {ADAPTER_CONFIG} or {ESFT_CONFIG} of an "
         "adapter, nor config.json of a model"
     )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or the `adapter` or `model` in one."""
+    folder = folder.expanduser()
+    inside = folder.name in _PARTS and (folder.parent / RUN_RECIPE).is_file() and folder.is_dir()
+    return inside or (folder / RUN_RECIPE).is_file()
 
 
 def is_adapter(folder: Path) -> bool:
@@ -91,7 +100,7 @@ def _of_a_run(folder: Path) -> RunResults:
         raise UserError(
             f"{folder} has no results yet: its run has not come to its end; the same `deepseek-moe finetune` goes on"
         )
-    recipe, summary = read_yaml_file(folder / "recipe.yaml"), (read_object(folder / "summary.json") or {})
+    recipe, summary = read_yaml_file(folder / RUN_RECIPE), (read_object(folder / "summary.json") or {})
     if not isinstance(recipe, dict) or not summary:
         raise UserError(f"{folder}: recipe.yaml or summary.json is not of a run")
     return RunResults(folder, parts["adapter"], parts["model"], recipe, summary, recipe.get("model"))

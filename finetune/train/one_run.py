@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from modeling_deepseek_moe.distribution import install
 from .._compat import checkpointing_argument
 from ..data.batches import Collator
 from ..data.rows import recipe_rows
+from ..data.sources import check_source
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..experts.choose import specialize
 from ..experts.plots import loss_curve
@@ -36,25 +38,20 @@ from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
 from ..plan.disk import check_room, checkpoint_bytes, is_full
 from ..recipe.schema import Recipe
+from ..recipe.sections import DEFAULTS
 from ..runs.checkpoints import MarkCheckpoints, last_checkpoint
 from ..runs.folder import ROWS, SUMMARY, OpenRun, SettleRun, is_replacing, open_run, write_kept
+from ..runs.named import named_model
 from ..runs.seals import damage, is_sealed, seal
 from ..runs.together import ended_together
 from .held_out import MeasureFirst
+from .lines import shown_in_lines
 from .metric import kept_before, measure_metric, metric_before
 from .save import save
 from .stop import StopAtSigterm, stopped_by_sigterm
 from .summary import print_summary, summarize
 from .trainer import FineTuner
 
-# A loss that is no number ends the run (`trainer.py`), so the Trainer need not hide it.
-_DEFAULTS = {
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "eval_strategy": "no",
-    "logging_nan_inf_filter": False,
-}
 # Of a summary, what a run that only had to be saved again knows no better than before.
 _OF_TRAINING = ("resumed_from", "seconds", "seconds_per_step", "device", "peak_memory", "versions", "hub")
 
@@ -72,6 +69,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"matplotlib, which draws loss.png, is not installed: {install('matplotlib')}")
+    recipe = dataclasses.replace(recipe, model=named_model(recipe.model))
     arguments = training_arguments(recipe)
     with (
         ended_together(),
@@ -84,7 +82,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         trainer = prepare(recipe, arguments, opened.folder, stop)
         opened.keep()
         try:
-            return train(trainer, recipe, opened)
+            with shown_in_lines(trainer):
+                return train(trainer, recipe, opened)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped: {kept(opened.folder)}") from None
 
@@ -187,6 +186,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
     """Model, adapters and rows as the recipe says, ready to train."""
     if recipe.hub_id and arguments.process_index == 0:
         open_repo(recipe, folder)
+    for source in filter(None, (recipe.data, recipe.eval_data)):
+        check_source(source)  # before minutes of loading
     set_seed(recipe.seed)
     model, tokenizer = load(recipe)
     if not recipe.dpo:  # TRL adds them itself, and takes the model without them for the reference
@@ -254,7 +255,7 @@ def remove_damaged_rows(rows: Path) -> None:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's `training.*`, and what its own keys decide."""
-    given = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    given = {**DEFAULTS["training"], "dataloader_pin_memory": torch.cuda.is_available()}
     checkpointing = checkpointing_argument()
     given[checkpointing] = recipe.gradient_checkpointing  # TRL's default is another
     if recipe.gradient_checkpointing:

@@ -17,6 +17,7 @@ from ..errors import RecipeError, first_line, raised_by
 from ..model.load import adapter_config, load
 from ..model.lora import known_warnings
 from ..recipe.schema import Recipe
+from ..recipe.sections import DEFAULTS
 from .trainer import RunTrainerMixin
 
 
@@ -37,7 +38,9 @@ class PreferenceTuner(RunTrainerMixin, ReadyRows, DPOTrainer):
 
 def preference_arguments(recipe: Recipe, **given: Any) -> DPOConfig:
     """The Trainer's arguments for a recipe with a `dpo` section; what it and `given` leave open are TRL's defaults."""
-    ours = {"bf16": False, "max_length": recipe.max_length, "precompute_ref_log_probs": not recipe.quantization}
+    ours = {**DEFAULTS["dpo"], "bf16": False, "max_length": recipe.max_length}
+    if recipe.quantization:
+        ours["precompute_ref_log_probs"] = False
     return DPOConfig(**{**ours, **recipe.dpo, **given})
 
 

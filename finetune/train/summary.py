@@ -1,5 +1,7 @@
 """What a run says of itself when it is over: the numbers of `summary.json`, and the closing table."""
 
+import os
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from modeling_deepseek_moe.distribution import NAME
 
@@ -47,10 +50,11 @@ def summarize(trainer: RunTrainerMixin, recipe: Recipe, folder: Path, resumed_fr
 
 def machine() -> dict[str, Any]:
     """What the run ran on: `device`, `peak_memory` in bytes (of the GPU, else of the process) and `versions`."""
+    threads = torch.get_num_threads()
     if torch.cuda.is_available():
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        device, peak = f"CPU, {torch.get_num_threads()} threads", peak_memory()
+        device, peak = f"CPU, {threads} thread{'s' * (threads > 1)}", peak_memory()
     libraries = (NAME, "torch", "transformers", "peft")
     return {"device": device, "peak_memory": peak, "versions": {name: version(name) for name in libraries}}
 
@@ -90,7 +94,12 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     for name, value in lines.items():
         if value is not None:
             table.add_row(name, str(value))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    name = shlex.quote(os.fspath(folder))
+    further = {"talk to it": f"chat {name}", "publish it": f"push {name} --to USER/NAME"}
+    for what, verb in further.items() if not summary.get("hub") else ():
+        console.print(Text(f"{what}: deepseek-moe {verb}"), soft_wrap=True)
 
 
 def _trained(summary: dict[str, Any]) -> str:

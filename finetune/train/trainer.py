@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -53,6 +54,9 @@ class RunTrainerMixin(TrainerSeams):
             return
         state = TrainerState.load_from_json(os.fspath(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
+            if self.is_world_process_zero():
+                goes_on = f"resuming from {checkpoint.name}: step {state.global_step} of {state.max_steps} is made"
+                Console(highlight=False).print(goes_on)
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state

@@ -3,6 +3,7 @@
 main.py      `finetune`, `experts`, `convert`, `push`, `plan`, `demo`
 preview.py   `preview`
 use.py       `evaluate`, `chat`
+recipes.py   `recipes`, `keys`; completion of both
 esft.py      `esft score`, `esft select`
 __main__.py  `python -m modeling_deepseek_moe.cli`
 """

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from .use import TextOnly, TrustRemoteCode
+from .use import Model, TextOnly, TrustRemoteCode
 
 
 def score(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="A JSONL file or the Hub name of a data set.")],
     output: Annotated[Path, typer.Option(help="The file of scores to write.")],
     sample_tokens: Annotated[int, typer.Option(help="Random rows are run until they have so many tokens.")] = 131_072,

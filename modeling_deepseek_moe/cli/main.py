@@ -17,13 +17,13 @@ from modeling_deepseek_moe.errors import UserError
 
 from .esft import score, select
 from .preview import preview
-from .use import TextOnly, TrustRemoteCode, chat, evaluate
+from .recipes import Overrides, RecipeName, WithKeys, keys, recipes
+from .use import Model, TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     no_args_is_help=True,
     context_settings=_HELP,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune DeepSeekMoE models with the Hugging Face tools.",
 )
@@ -97,14 +97,11 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=WithKeys)
 @_reported
 def finetune(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as lora_all.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file: output_dir=runs/a"),
-    ] = None,
+    recipe: Annotated[str, RecipeName],
+    overrides: Overrides = None,
 ) -> None:
     """Fine-tune a model as a recipe says; the same command goes on where a killed run stopped."""
     from modeling_deepseek_moe.finetune.recipe.load import load_recipe
@@ -118,7 +115,7 @@ def finetune(
 @app.command()
 @_reported
 def experts(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a model.")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="A JSONL file or the Hub name of a data set.")],
     compare: Annotated[str | None, typer.Option(help="A second one: which experts does each claim?")] = None,
     output: Annotated[Path, typer.Option(help="Folder for experts.png and experts.json.")] = Path("experts"),
@@ -150,14 +147,14 @@ def experts(
     )
 
 
-for _verb in (preview, evaluate, chat):
+for _verb in (recipes, keys, preview, evaluate, chat):
     app.command()(_reported(_verb))
 
 
 @app.command()
 @_reported
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint; it is only read.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an adapter or a run; it is only read.")],
     target: Annotated[Path, typer.Argument(help="New folder, or one that the same call was stopped in.")],
     to: Annotated[
         str,
@@ -192,7 +189,12 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, of any size; the same command goes on where a killed one stopped."""
     from modeling_deepseek_moe.conversion.command import run_convert
+    from modeling_deepseek_moe.conversion.request import ADAPTER_FORMATS
+    from modeling_deepseek_moe.finetune.runs.named import named_source
 
+    wants_adapter = to in ADAPTER_FORMATS and to != "esft"
+    source, adapter = named_source(source, adapter, wants_adapter)
+    base = None if base is None else named_source(base, None, False)[0]
     rows = None
     if data is not None:
         from modeling_deepseek_moe.finetune.data.plain_rows import read_rows
@@ -258,12 +260,10 @@ def push(
 @_reported
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub name of a model; only its config.json is read.")
+        str | None, typer.Argument(help="Folder or Hub name of a model, or a run's folder; only config.json is read.")
     ] = None,
-    recipe: Annotated[str | None, typer.Argument(help="A YAML file, or the name of a shipped recipe.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys that win over the file.")
-    ] = None,
+    recipe: Annotated[str | None, RecipeName] = None,
+    overrides: Overrides = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, with its unit: 24GB.")] = None,
     gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -271,12 +271,15 @@ def plan(
 ) -> None:
     """Say how much memory a recipe needs to train a model, where it fits, and what would help."""
     from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table
+    from modeling_deepseek_moe.finetune.runs.results import is_run
 
     if table:
         print(plan_table())
         return
+    if model is not None and recipe is None and is_run(Path(model)):
+        recipe = model
     if model is None or recipe is None:
-        raise typer.BadParameter("name a model and a recipe, or give --table")
+        raise typer.BadParameter("name a model and a recipe, or a run, or give --table")
     plan_memory(model, recipe, overrides or [], gpu_memory, gpus, as_json)
 
 

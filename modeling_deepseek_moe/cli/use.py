@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-_Model = Annotated[str, typer.Argument(help="Folder or Hub name of a model.")]
-_Adapter = Annotated[str | None, typer.Option(help="Folder or Hub name of an adapter for the model.")]
+Model = Annotated[str, typer.Argument(help="Folder or Hub name of a model, or the folder of a run.")]
+_Adapter = Annotated[str | None, typer.Option(help="Folder or Hub name of an adapter, or a run that saved one.")]
 _Dtype = Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, where it is code.")
@@ -18,7 +18,7 @@ TextOnly = Annotated[
 
 
 def evaluate(
-    model: _Model,
+    model: Model,
     adapter: _Adapter = None,
     before: Annotated[
         str | None, typer.Option(help="A model to compare with; with --adapter, the model without it by default.")
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def chat(
-    model: _Model,
+    model: Model,
     adapter: _Adapter = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,

@@ -152,7 +152,9 @@ def test_the_picture_has_a_map_of_each_set_and_of_the_difference(tmp_path, base,
     report_experts(base, one, output_dir=tmp_path)
     width, height = png_size(tmp_path / "experts.png")
     assert width > height > 100
-    assert png_size(folder / "compared" / "experts.png") == (width, 3 * height)
+    wide, high = png_size(folder / "compared" / "experts.png")
+    # A picture is as large as its labels need it, and each has some of its own.
+    assert wide == pytest.approx(width, rel=0.05) and high == pytest.approx(3 * height, rel=0.05)
 
 
 def test_the_command_prints_tables_and_ends_with_the_paths(tmp_path, base, one, other):

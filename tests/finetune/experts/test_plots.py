@@ -1,10 +1,12 @@
 """Pictures: what a reader sees in them."""
 
+import math
+
 import pytest
 import torch
 from matplotlib.image import imread
 
-from modeling_deepseek_moe.finetune.experts.plots import expert_map
+from modeling_deepseek_moe.finetune.experts.plots import expert_map, loss_curve
 
 
 def count_pixels(path, color):
@@ -47,3 +49,43 @@ def test_pictures_of_all_sizes_stay_viewable(tmp_path, rows, experts):
     )
     height, width, _ = imread(tmp_path / "map.png").shape
     assert 500 < width < 2000 and 200 < height < 1200
+
+
+def test_a_layer_that_did_not_run_is_no_row_of_unused_experts(tmp_path):
+    shares = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]])
+    expert_map({"share": shares}, [3, 4], tmp_path / "idle")
+    expert_map({"share": shares[:1]}, [3], tmp_path / "one layer")
+    assert count_pixels(tmp_path / "idle", GREY) < 200, "of letters alone"
+    assert count_pixels(tmp_path / "idle", YELLOW) == count_pixels(tmp_path / "one layer", YELLOW)
+    expert_map({"share": shares[1:]}, [4], tmp_path / "nothing ran")
+    assert count_pixels(tmp_path / "nothing ran", GREY) > 1000
+
+
+def edges(path):
+    """Pixels other than white in the outermost two rows and columns, where a cut label would be."""
+    dark = torch.from_numpy(imread(path)[..., :3].copy()).amin(dim=-1) < 0.99
+    return int(dark[:2].sum() + dark[-2:].sum() + dark[:, :2].sum() + dark[:, -2:].sum())
+
+
+def test_long_titles_and_labels_are_whole(tmp_path):
+    share, long = torch.tensor([[0.5, 0.5]]), "a data set with a name that is far longer than its map is wide " * 4
+    expert_map(
+        {long: share, f"{long}_{'x' * 300}": share}, [10**9], tmp_path / "map", {f"{long} - other": share - 0.5}
+    )
+    history = [{"step": step, "loss": 1e6 + step, "num_input_tokens_seen": step * 10**9} for step in (1, 100_000)]
+    loss_curve(history, tmp_path / "curve", 2e6)
+    assert edges(tmp_path / "map") == edges(tmp_path / "curve") == 0
+
+
+def test_the_loss_curve_has_a_second_scale_where_tokens_were_counted(tmp_path):
+    history = [{"step": step, "loss": 3 - step / 10} for step in range(1, 9)]
+    loss_curve(history, tmp_path / "steps", 3.0)
+    loss_curve([row | {"num_input_tokens_seen": 1000 * row["step"]} for row in history], tmp_path / "tokens", 3.0)
+    assert imread(tmp_path / "tokens").shape[0] > imread(tmp_path / "steps").shape[0] + 20
+
+
+def test_a_single_loss_is_a_point_that_can_be_seen(tmp_path):
+    blue = (0.122, 0.467, 0.706)
+    loss_curve([{"step": 1, "loss": 3.0}], tmp_path / "one")
+    loss_curve([{"step": 1, "loss": math.nan}], tmp_path / "none")
+    assert count_pixels(tmp_path / "one", blue) > count_pixels(tmp_path / "none", blue)

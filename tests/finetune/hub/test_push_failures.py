@@ -121,7 +121,7 @@ def test_nothing_of_a_broken_folder_is_uploaded(sharded, push, api, spoil, messa
     [
         (["{empty}", "--to", "me/model"], "has no results to push"),
         (["{unfinished}", "--to", "me/model"], "has no results yet: its run has not come to its end"),
-        (["{sharded}/absent", "--to", "me/model"], "is not a folder"),
+        (["{sharded}/absent", "--to", "me/model"], "does not exist: give the folder of a run"),
         (["{sharded}", "--to", "me/model"], "no token to write to 'me/model': run `hf auth login`"),
         (["{sharded}", "--to", "model"], "'model' is not the name of a repository: give USER/NAME"),
         (

@@ -43,3 +43,10 @@ def test_a_later_failure_keeps_what_an_earlier_run_left(base, tmp_path):
     with pytest.raises(UserError, match="is truncated or padded"):
         train.run(first)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_rows_that_are_not_there_are_named_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "no model").mkdir()
+    values = tiny_values(tmp_path, tmp_path / "no model", eval_data=str(tmp_path / "rovs.jsonl"))
+    with pytest.raises(UserError, match=r"rovs.jsonl' does not exist \(did you mean '.*/rows.jsonl'\?\)"):
+        train.run(make_recipe(values))

@@ -102,7 +102,7 @@ def test_the_command_says_what_is_saved_and_ends_with_130(tmp_path, base):
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     command = [sys.executable, "-u", "-m", "modeling_deepseek_moe.cli.main", "finetune", str(tmp_path / "recipe.yaml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert next(line for line in child.stdout if "'loss'" in line)
+        assert next(line for line in child.stdout if "  loss " in line)
         child.terminate()
         _, errors = child.communicate(timeout=240)
     assert child.returncode == 130
