@@ -265,19 +265,24 @@ def plan(
     recipe: Annotated[str | None, RecipeName] = None,
     overrides: Overrides = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, with its unit: 24GB.")] = None,
-    gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
+    gpus: Annotated[
+        str, typer.Option(metavar="N", help="How many of them, and which layout to take; 8,64 compares numbers.")
+    ] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="All shipped recipes on released models instead.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="All shipped recipes on released models; with --gpus, layouts.")
+    ] = False,
 ) -> None:
-    """Say how much memory a recipe needs to train a model, where it fits, and what would help."""
-    from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table
+    """Say how much memory a recipe needs to train a model, where it fits, and what would help; with --gpus, how."""
+    from modeling_deepseek_moe.finetune.plan.layout_report import layout_table
+    from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table, read_gpus
     from modeling_deepseek_moe.finetune.runs.results import is_run
 
     if table:
-        print(plan_table())
+        print(plan_table() if gpus == "1" else layout_table(read_gpus(gpus)))
         return
-    if model is not None and recipe is None and is_run(Path(model)):
-        recipe = model
+    if model is not None and recipe is None:
+        recipe = model if is_run(Path(model)) else "full" if gpus != "1" else None
     if model is None or recipe is None:
         raise typer.BadParameter("name a model and a recipe, or a run, or give --table")
     plan_memory(model, recipe, overrides or [], gpu_memory, gpus, as_json)
