@@ -48,6 +48,7 @@ BORROWED = (
     Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
     # Ranks that are only imagined.
     Borrowed("torch.testing._internal.distributed.fake_pg", "FakeStore", "a process group of one process for many"),
+    Borrowed("torch.distributed.tensor.debug", "_clear_sharding_prop_cache", "forgets meshes that are gone"),
     Borrowed("transformers.distributed.fsdp", "fully_shard", "experts are cut on their second dimension"),
     Borrowed("transformers", "PreTrainedModel.prepare_distribute_model", "makes the meshes", ("distributed_config",)),
     Borrowed(
@@ -208,6 +209,7 @@ class ReadyRows:
 @contextlib.contextmanager
 def imagined_ranks(count: int, rank: int = 0) -> Iterator[None]:
     """In it, this process is one of so many in a group whose collectives do nothing."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     local = os.environ.get("LOCAL_RANK")
@@ -217,6 +219,7 @@ def imagined_ranks(count: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        _clear_sharding_prop_cache()  # it takes a mesh for any that is alike, also one whose groups are gone
         os.environ.pop("LOCAL_RANK")
         if local is not None:
             os.environ["LOCAL_RANK"] = local

@@ -87,8 +87,8 @@ def show_layouts(facts: dict[str, Any]) -> None:
             best,
         )
         console.print(
-            f"Shard(1): FSDP cuts experts on their second dimension; on the first some ranks hold none, and the "
-            f"fullest {plain['weights'] / GIB:.2f} GiB of weights instead of {best['weights'] / GIB:.2f}",
+            "Shard(1): FSDP has to cut experts on their second dimension (`shard_placement_fn`); on the first, as it "
+            f"does by itself, some ranks hold none and the fullest {plain['total'] / GIB:.2f} GiB together",
             highlight=False,
         )
     console.print(
@@ -126,5 +126,6 @@ def family_of(need: RankNeed) -> str:
 
 
 def _cell(need: RankNeed, is_best: bool) -> str:
-    text = f"{need.layout.name}: {need.total / GIB:,.0f} GiB, {need.sent / 1e9:,.0f} GB"
+    name = "" if need.layout.is_ddp else f"{need.layout.name}: "
+    text = f"{name}{need.total / GIB:,.0f} GiB, {need.sent / 1e9:,.0f} GB"
     return f"**{text}**" if is_best else text

@@ -94,7 +94,7 @@ def candidates(config: DeepseekMoeConfig, ranks: int) -> list[Layout]:
             found.append(Layout(shard=shard, replicate=ranks // shard, ep=ep))
     widths = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
     tp = math.gcd(*widths, config.moe_intermediate_size, ranks, MACHINE)
-    if tp > 1:
+    if tp > 1 and not config.mtp_loss_weight:  # whose traffic is not known
         found.append(Layout(shard=ranks // tp, tp=tp))
     inside = [dataclasses.replace(each, inside_experts=True) for each in found if each.leaves_ranks_without(experts)]
     return [*found, *inside]
@@ -108,6 +108,9 @@ def plan_layouts(config: DeepseekMoeConfig, recipe: Recipe, ranks: int) -> list[
     """
     if ranks > MOST_RANKS:
         raise UserError(f"--gpus is {ranks}: layouts are planned for up to {MOST_RANKS:,}")
+    config = copy.deepcopy(config)
+    for key, value in recipe.losses.items():
+        setattr(config, key, value)
     found = []
     for layout in candidates(config, ranks):
         try:
@@ -118,7 +121,7 @@ def plan_layouts(config: DeepseekMoeConfig, recipe: Recipe, ranks: int) -> list[
 
 
 def recommended(needs: list[RankNeed], available: int) -> tuple[RankNeed, bool]:
-    """The layout whose traffic takes least time among those that fit, else the one that needs least; whether it fits."""
+    """The layout to take, and whether it fits: the quickest to send of those that do, else the smallest."""
     fitting = [each for each in needs if each.total <= available]
     if fitting:
         return min(fitting, key=lambda each: (each.seconds, each.total)), True
@@ -139,13 +142,13 @@ def need_of_rank(config: DeepseekMoeConfig, recipe: Recipe, layout: Layout) -> R
     weights = sum(each.bytes_on(fullest) for each in spreads)
     gradients = sum(each.nbytes for each in trained)
     states, scratch = optimizer_bytes(plan.training.get("optim") or "adamw_torch_fused", trained, plan.device)
-    is_cut = any(each.over > 1 for each in spreads)
+    is_cut = any(each.is_gathered for each in spreads)
     # A layer's gradients are cut as soon as they are whole, so what is kept of them is there from the second batch on.
     kept = gradients if is_cut or plan.accumulates else 0
     moments = [(g, a + t) for _, g, a, t in training_peak(plan.groups(plan.base, shape), kept)]
     moments.append((gradients, scratch))
     at_peak, activations = max(moments, key=sum)
-    whole = gathered(each.computed for each in spreads if each.over > 1) if is_cut else 0
+    whole = gathered(each.computed for each in spreads if each.is_gathered) if is_cut else 0
     if layout.is_ddp:
         whole = gradients  # its buckets
     moving = gradients + whole + activations

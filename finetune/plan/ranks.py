@@ -75,7 +75,9 @@ class Layout:
         return f"parallel: {{shard: {self.shard}, replicate: {self.replicate}, ep: {self.ep}, tp: {self.tp}}}"
 
     def fields(self) -> dict[str, int]:
-        """Those of `DistributedConfig` that differ from its defaults."""
+        """Those of `DistributedConfig` that differ from its defaults; DDP needs none."""
+        if self.is_ddp:
+            return {}
         sizes = {"fsdp_size": self.shard, "dp_replicate_size": self.replicate, "ep_size": self.ep, "tp_size": self.tp}
         return {name: size for name, size in sizes.items() if size > 1}
 
@@ -92,6 +94,7 @@ class Spread:
         whole: of the model.
         computed: what a rank computes with: cut by expert and tensor parallelism, gathered by FSDP.
         numel: how many numbers each rank holds in one layer.
+        is_gathered: FSDP makes it whole to compute with it; a copy of its own also where it has it whole already.
         over: ranks that FSDP gathers it from.
         copies: ranks that hold the same numbers.
         is_expert: of the routed experts, cut over the ranks of the experts' mesh.
@@ -101,6 +104,7 @@ class Spread:
     whole: Parameter
     computed: Parameter
     numel: tuple[int, ...]
+    is_gathered: bool
     over: int
     copies: int
     is_expert: bool
@@ -152,7 +156,7 @@ def spreads_of(config: DeepseekMoeConfig, recipe: Recipe, layout: Layout) -> lis
 
 def _spread(whole: Parameter, tensor: torch.Tensor, layout: Layout) -> Spread:
     if not isinstance(tensor, DTensor):
-        return Spread(whole, whole, (torch.Size(whole.shape).numel(),) * layout.ranks, 1, layout.ranks, False)
+        return Spread(whole, whole, (torch.Size(whole.shape).numel(),) * layout.ranks, False, 1, layout.ranks, False)
     experts_mesh = layout.shard * layout.tp // layout.ep
     sizes = {"dp_replicate": layout.replicate, "fsdp": layout.shard, "tp": layout.tp}
     is_expert = not {"ep", "efsdp"}.isdisjoint(tensor.device_mesh.mesh_dim_names)
@@ -178,7 +182,8 @@ def _spread(whole: Parameter, tensor: torch.Tensor, layout: Layout) -> Spread:
     over = math.prod(sizes[name] for name, _ in cuts if name in GATHERED)
     copies = layout.ranks // math.prod(sizes[name] for name, _ in cuts)
     piece = Parameter(whole.name, tuple(computed), whole.itemsize, whole.is_trained, whole.layers)
-    return Spread(whole, piece, tuple(numel), over, copies, is_expert)
+    is_gathered = any(name in GATHERED for name, _ in cuts)
+    return Spread(whole, piece, tuple(numel), is_gathered, over, copies, is_expert)
 
 
 def _unraveled(rank: int, sizes: tuple[int, ...]) -> list[int]:

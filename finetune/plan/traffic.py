@@ -50,7 +50,7 @@ def traffic_of(spreads: list[Spread], layout: Layout, config, shape: Shape, chec
         shape: of the micro-batch on each rank; ranks of tensor parallelism share one.
         checkpointing: layers run forward twice.
     """
-    found = []
+    found, further = [], config.num_nextn_predict_layers if config.mtp_loss_weight else 0
     for spread in spreads:
         if spread.is_idle:
             continue
@@ -60,18 +60,21 @@ def traffic_of(spreads: list[Spread], layout: Layout, config, shape: Shape, chec
         if spread.is_expert:
             batches, stride = layout.ranks // layout.ep, layout.ep
         if over > 1:
-            is_once = name.endswith(KEPT) or (name.endswith(EMBEDDING) and not is_trained)
-            found.append(_ring("all-gather", (1 if is_once else 2) * chunk * over, 1, over, stride))
+            times = 1 if name.endswith(KEPT) else 2
+            if name.endswith(EMBEDDING):
+                times = (1 + is_trained) * (1 + further)
+            found.append(_ring("all-gather", times * chunk * over, 1, over, stride))
             if is_trained:
                 found.append(_ring("reduce-scatter", chunk * over, 1, over, stride))
         if is_trained:
             found.append(_ring("all-reduce", chunk, 2, batches // over, stride * over))
     passes = 3 if checkpointing else 2
     layers = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
-    layers += [True] * (config.num_nextn_predict_layers if config.mtp_loss_weight else 0)
     if layout.ep > 1:
-        of_one = shape.tokens * config.num_experts_per_tok * config.hidden_size * shape.stream // layout.tp
-        payload = 2 * passes * sum(layers) * of_one
+        # Each layer for multi-token prediction has a token of every row less.
+        tokens = shape.tokens * sum(layers) + sum(shape.tokens - shape.batch * (1 + each) for each in range(further))
+        of_token = config.num_experts_per_tok * config.hidden_size * shape.stream
+        payload = 2 * passes * tokens * of_token // layout.tp
         here = min(layout.ep, MACHINE) / layout.ep
         sent = payload * (layout.ep - 1) // layout.ep
         found.append(Traffic("all-to-all", payload, sent, int(payload * (1 - here))))

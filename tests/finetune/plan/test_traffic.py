@@ -51,7 +51,7 @@ def size(value) -> int:
     return sum(map(size, value)) if isinstance(value, list | tuple) else 0
 
 
-def counted(config, layout: Layout, checkpointing: bool, monkeypatch) -> dict[str, int]:
+def counted(config, layout: Layout, checkpointing: bool, monkeypatch, autocast: bool = False) -> dict[str, int]:
     """What one forward and backward pass of the real model calls, as rank 0 of the layout."""
     # Nobody else sends; as many rows come as go.
     monkeypatch.setattr(expert_parallel, "all_to_all_single", lambda out, given, group=None: out.copy_(given))
@@ -60,14 +60,14 @@ def counted(config, layout: Layout, checkpointing: bool, monkeypatch) -> dict[st
         model = spread(tiny_model(config)).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        with Collectives() as collectives:
+        with Collectives() as collectives, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             model(ids, labels=ids).loss.backward()
     return dict(collectives.payload)
 
 
-def computed(config, layout: Layout, checkpointing: bool):
+def computed(config, layout: Layout, checkpointing: bool, autocast: bool = False):
     values = {"model": "m", "data": "d", "output_dir": "o", "dtype": "float32", "max_length": 12}
-    recipe = make_recipe({**values, "training.per_device_train_batch_size": 2})
+    recipe = make_recipe({**values, "training.per_device_train_batch_size": 2, "training.bf16": autocast})
     plan = MemoryPlan(config, recipe)
     return traffic_of(spreads_of(config, recipe, layout), layout, plan.config, plan.shape(), checkpointing)
 
@@ -80,3 +80,38 @@ def test_payloads_are_those_of_a_real_step(lineage, layout, checkpointing, monke
     expected = counted(config, layout, checkpointing, monkeypatch)
     found = {each.kind: each.payload for each in computed(config, layout, checkpointing)}
     assert found == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:4] + LAYOUTS[-1:], ids=lambda each: each.name)
+def test_payloads_under_autocast_are_those_of_a_real_step(layout, monkeypatch):
+    config = tiny_config("v3")
+    expected = counted(config, layout, False, monkeypatch, autocast=True)
+    assert {each.kind: each.payload for each in computed(config, layout, False, autocast=True)} == expected
+
+
+def test_rings_send_all_but_their_own_part_and_leave_the_machine_where_they_must():
+    config = tiny_config("v3", n_routed_experts=64, n_group=1, topk_group=1)
+    of = {
+        layout: {each.kind: each for each in computed(config, layout, False)}
+        for layout in (Layout(shard=8), Layout(shard=16), Layout(shard=8, replicate=2), Layout(shard=16, ep=16))
+    }
+    for layout, found in of.items():
+        gathered = found["all-gather"]
+        assert gathered.sent == pytest.approx(gathered.payload * (layout.shard - 1) / layout.shard, abs=200)
+    # A ring through two machines crosses over once for each of them, for the eight of it.
+    inside, through, replicas, _ = of.values()
+    assert inside["all-gather"].outside == 0
+    assert through["all-gather"].outside == pytest.approx(through["all-gather"].sent / 8, abs=200)
+    # Every rank has its replica in the other machine.
+    assert replicas["all-reduce"].outside == replicas["all-reduce"].sent == replicas["all-reduce"].payload
+    exchanged = of[Layout(shard=16, ep=16)]["all-to-all"]
+    assert exchanged.outside == exchanged.payload // 2 and exchanged.sent == exchanged.payload * 15 // 16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:5], ids=lambda each: each.name)
+def test_payloads_with_multi_token_prediction_are_those_of_a_real_step_but_for_a_norm(layout, monkeypatch):
+    config = tiny_config("v3", mtp_loss_weight=0.3)
+    expected = counted(config, layout, True, monkeypatch)
+    found = {each.kind: each.payload for each in computed(config, layout, True)}
+    assert expected["all-gather"] - found["all-gather"] == 4 * config.hidden_size  # which is used twice
+    assert found | {"all-gather": 0} == expected | {"all-gather": 0}
