@@ -53,17 +53,22 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def finish(commands: list[list[str]], **more: str) -> None:
-    running = [
-        subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.terminate()
-    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)[-6000:]
+def finish(folder: Path, commands: list[list[str]], **more: str) -> None:
+    """Runs commands side by side, each of which must end well."""
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context((folder / f"said.{i}").open("w+", encoding="utf-8")) for i in range(len(commands))]
+        running = [
+            subprocess.Popen(command, env=environment(**more), stdout=file, stderr=subprocess.STDOUT)
+            for command, file in zip(commands, said, strict=True)
+        ]
+        try:
+            ended = [process.wait(timeout=300) for process in running]
+        finally:
+            for process in running:
+                process.terminate()
+        for file in said:
+            file.seek(0)
+        assert ended == [0] * len(running), "\n".join(file.read()[-3000:] for file in said)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,7 @@ def test_the_readmes_line_on_two_machines_trains_as_one_process(launcher, base, 
             each[3:3] = ["--local-addr", address]  # of one machine that plays two
         else:
             each[each.index("--machine_rank") + 1] = str(number)
-    finish(lines)
+    finish(tmp_path, lines)
     check_alike(tmp_path, alone)
 
 
@@ -107,7 +112,7 @@ def test_the_slurm_script_trains_as_one_process(base, alone, tmp_path):
     launch = f'"{sys.executable}" -m torch.distributed.run --local-addr'
     played = {
         "scontrol": "\n".join(f"echo {address}" for address in MACHINES),
-        "srun": f'shift\n{launch} {MACHINES[1]} "$@" &\n{launch} {MACHINES[0]} "$@"\nended=$?\nwait $! && exit $ended\n',
+        "srun": f'shift\n{launch} {MACHINES[1]} "$@" &\n{launch} {MACHINES[0]} "$@" || exit\nwait $!',
     }
     for name, text in played.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
@@ -116,7 +121,7 @@ def test_the_slurm_script_trains_as_one_process(base, alone, tmp_path):
     assert len(script.read_text(encoding="utf-8").splitlines()) == 10
     slurm = {"SLURM_JOB_NODELIST": "two", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "2"}
     slurm |= {"SLURM_JOB_ID": str(free_port() - 20000), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    finish([["bash", str(script), "lora_all", *words_of(base, tmp_path, 4)]], **slurm)
+    finish(tmp_path, [["bash", str(script), "lora_all", *words_of(base, tmp_path, 4)]], **slurm)
     check_alike(tmp_path, alone)
 
 
