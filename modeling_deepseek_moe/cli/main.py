@@ -18,7 +18,7 @@ from modeling_deepseek_moe.errors import UserError
 from .esft import score, select
 from .preview import preview
 from .recipes import Overrides, RecipeName, WithKeys, keys, recipes
-from .use import Model, TextOnly, TrustRemoteCode, chat, evaluate
+from .use import DeviceMap, Model, TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -127,6 +127,7 @@ def experts(
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     text_only: TextOnly = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -144,6 +145,7 @@ def experts(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         text_only=text_only,
+        device_map=device_map,
     )
 
 
