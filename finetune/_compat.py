@@ -5,7 +5,9 @@ and under `finetune/` private names are used in this module alone. `modeling_dee
 """
 
 import contextlib
+import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,17 @@ BORROWED = (
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
     Borrowed("transformers.distributed.checkpoint", "save_optimizer_distributed", "resuming on spread models"),
     Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
+    # Ranks that are only imagined.
+    Borrowed("torch.testing._internal.distributed.fake_pg", "FakeStore", "a process group of one process for many"),
+    Borrowed("torch.distributed.tensor.debug", "_clear_sharding_prop_cache", "forgets meshes that are gone"),
+    Borrowed("transformers.distributed.fsdp", "fully_shard", "experts are cut on their second dimension"),
+    Borrowed("transformers", "PreTrainedModel.prepare_distribute_model", "makes the meshes", ("distributed_config",)),
+    Borrowed(
+        "transformers",
+        "PreTrainedModel.maybe_distribute_model",
+        "shards the model",
+        ("model", "distributed_config", "mesh_manager"),
+    ),
     # Whose source is read for `deepseek-moe keys`.
     Borrowed("transformers.training_args", "TrainingArguments", "the file of this class"),
     Borrowed("peft.tuners.lora.config", "LoraConfig", "the file of this class"),
@@ -191,6 +204,59 @@ class ReadyRows:
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
+
+
+@contextlib.contextmanager
+def imagined_ranks(count: int, rank: int = 0) -> Iterator[None]:
+    """In it, this process is one of so many in a group whose collectives do nothing."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    local = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"  # which also keeps meshes from asking how many GPUs are here
+    torch.distributed.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        _clear_sharding_prop_cache()  # it takes a mesh for any that is alike, also one whose groups are gone
+        os.environ.pop("LOCAL_RANK")
+        if local is not None:
+            os.environ["LOCAL_RANK"] = local
+
+
+def spreading(model_class: type[nn.Module], layout: dict[str, int]) -> Callable[[nn.Module], nn.Module]:
+    """What transformers' loading does to a model without weights where a process group is there.
+
+    Args:
+        model_class: of the model.
+        layout: fields of `DistributedConfig`.
+
+    Raises:
+        ValueError: there is no such layout.
+        TypeError: transformers does not have it yet.
+    """
+    from transformers import DistributedConfig
+
+    config, _, meshes = model_class.prepare_distribute_model(DistributedConfig(**layout))
+    return lambda model: model_class.maybe_distribute_model(model, config, meshes)
+
+
+@contextlib.contextmanager
+def cuts_inside_experts() -> Iterator[None]:
+    """In it, transformers lets FSDP cut stacked experts `[E, out, in]` on their second dimension.
+
+    By itself it cuts them on the first, where of more ranks than experts some hold none.
+    """
+    from torch.distributed.tensor import Shard
+    from transformers.distributed import fsdp
+
+    plain = fsdp.fully_shard
+    fsdp.fully_shard = functools.partial(plain, shard_placement_fn=lambda p: Shard(1) if p.dim() == 3 else None)
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = plain
 
 
 def checkpointing_argument() -> str:

@@ -46,6 +46,7 @@ def chat(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     text_only: bool = False,
+    device_map: str | None = None,
 ) -> None:
     """Talk with a model until Ctrl-D, `/exit` or the end of the pipe.
 
@@ -60,6 +61,7 @@ def chat(
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
         text_only: of a model of several parts load the text part alone.
+        device_map: where its parts go, as `device_map` of `from_pretrained`; None for one device (`model/use.py`).
 
     Raises:
         UserError: an argument, the model or the adapter cannot be used, or the tokenizer has no chat template.
@@ -68,7 +70,7 @@ def chat(
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}: it is a whole number at least 0 and below 2**63")
     found = named(model, adapter)
-    network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
+    network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only, device_map)
     if not greedy:
         own = network.generation_config
         sampling["temperature"] = temperature or own.temperature or _TEMPERATURE

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..files import check_replaceable, nothing_lost_if_full, read_object, replaced, says_full, write_text
 from ..model.tokenizer import load_tokenizer
-from ..model.use import load_for_use, put_adapter
+from ..model.use import check_in_place, load_for_use, put_adapter
 from ..progress import counting_bar
 from ..recipe.metrics import find_metric
 from ..runs.named import named
@@ -53,6 +53,7 @@ class _Request(NamedTuple):
     chat_template: bool
     trust_remote_code: bool
     text_only: bool
+    device_map: str | None
 
 
 class _Measured(NamedTuple):
@@ -80,6 +81,7 @@ def evaluate_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     text_only: bool = False,
+    device_map: str | None = None,
 ) -> dict[str, Any]:
     """Measure a model, and what it came from, and print both.
 
@@ -101,6 +103,7 @@ def evaluate_model(
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
         text_only: of a model of several parts load the text part alone.
+        device_map: where its parts go, as `device_map` of `from_pretrained`; None for one device (`model/use.py`).
 
     Returns:
         What `evaluation.json` holds, see the module's docstring.
@@ -137,6 +140,7 @@ def evaluate_model(
             chat_template=chat_template,
             trust_remote_code=trust_remote_code,
             text_only=text_only,
+            device_map=device_map,
         )
         one, other = _measure_both(model, adapter, before, dtype, tokenizer, request)
         base = before if before is not None else model if adapter is not None else None
@@ -195,9 +199,10 @@ def _measure_both(
     model: Any, adapter: Any, before: Any, dtype: str, tokenizer: PreTrainedTokenizerBase, request: _Request
 ) -> tuple[_Measured | None, _Measured]:
     """Before, None if there is but one model, and after; never are two models in memory."""
-    one = None
+    one, keys = None, ("trust_remote_code", "text_only", "device_map")
+    loading = {key: getattr(request, key) for key in keys}
     if before is not None:
-        network, its_tokenizer = load_for_use(before, dtype, None, request.trust_remote_code, request.text_only)
+        network, its_tokenizer = load_for_use(before, dtype, **loading)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{os.fspath(before)!r} and {os.fspath(model)!r} have different tokenizers, so they would not read "
@@ -206,8 +211,9 @@ def _measure_both(
         one = _measure(network, tokenizer, request, "before: ")
         del network
         gc.collect()
-    network, _ = load_for_use(model, dtype, None, request.trust_remote_code, request.text_only)
+    network, _ = load_for_use(model, dtype, **loading)
     if adapter is not None:
+        check_in_place(network, os.fspath(adapter))
         if before is None:
             one = _measure(network, tokenizer, request, "before: ")
         network = put_adapter(network, adapter).eval()

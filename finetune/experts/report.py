@@ -71,6 +71,7 @@ def report_experts(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     text_only: bool = False,
+    device_map: str | None = None,
 ) -> dict[str, Any]:
     """Run data through a model, print which experts serve it, and draw that.
 
@@ -87,6 +88,7 @@ def report_experts(
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
         text_only: of a model of several parts load the text part alone.
+        device_map: where its parts go, as `device_map` of `from_pretrained`; None for one device (`model/use.py`).
 
     Returns:
         What `experts.json` holds, see the module's docstring.
@@ -107,7 +109,7 @@ def report_experts(
     make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
     with nothing_lost_if_full(folder), _replaced(folder, (PICTURE, TABLE)) as scratch:
         found = named(model, adapter)
-        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only, device_map)
         moe_layers(network)
         sets = {
             name: _spread(load_data(source, split, tokenizer, max_length, scratch / "data"), rows)

@@ -93,7 +93,7 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
     base, layers = model.base_model, moe_layers(model)
     counter = LoadCounter(base)
     sums = {
-        layer: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
+        layer: torch.zeros(router.num_experts, dtype=torch.float64, device=base.device)
         for layer, router in counter.routers.items()
     }
     mask = torch.empty(0)
@@ -101,7 +101,8 @@ def routing_totals(model: PreTrainedModel, batches: Iterable[dict[str, torch.Ten
     def add_weights(layer: int, output: tuple[torch.Tensor, ...]) -> None:
         _, weights_NK, index_NK = output
         counted_N1 = mask.to(weights_NK.device).reshape(-1, 1)
-        sums[layer].index_add_(0, index_NK.flatten(), weights_NK.double().where(counted_N1, 0.0).flatten())
+        weights_NK = weights_NK.double().where(counted_N1, 0.0)
+        sums[layer].index_add_(0, index_NK.flatten().to(base.device), weights_NK.flatten().to(base.device))
 
     handles = [
         block.gate.register_forward_hook(lambda gate, args, output, layer=layer: add_weights(layer, output))

@@ -45,6 +45,7 @@ def score_data(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     text_only: bool = False,
+    device_map: str | None = None,
 ) -> Scores:
     """Run a sample of the data through the model, and write the score of every expert.
 
@@ -59,6 +60,7 @@ def score_data(
         dtype: type of the weights in memory: auto (as stored), float32, bfloat16 or float16.
         trust_remote_code: run the tokenizer's code where it is code.
         text_only: of a model of several parts load the text part alone.
+        device_map: where its parts go, as `device_map` of `from_pretrained`; None for one device (`model/use.py`).
 
     Returns:
         What the file holds, see `scores.py`.
@@ -75,7 +77,7 @@ def score_data(
         raise UserError(f"`max_length` is {max_length}: a row needs at least 2 tokens to learn from")
     try:
         found = named(model)
-        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
+        network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only, device_map)
         moe_layers(network)
         with nothing_lost_if_full(output):
             # The folder of tokenized rows is gone before the scores are written, which need little room.

@@ -56,7 +56,9 @@ class LoadCounter:
         self.routers = {layer: router_of(block) for layer, block in self.blocks.items()}
         router = next(iter(self.routers.values()))
         shape = (2, len(base.layers), router.num_experts)
-        self._counts = torch.zeros(shape, dtype=torch.int64, device=router.weight.device)
+        # A router whose weight lies on disk computes where tokens are read.
+        device = base.embed_tokens.weight.device if router.weight.is_meta else router.weight.device
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._base = base
         base.expert_counts.append(self._counts)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,8 +22,12 @@ from .quantization import quantization_options
 from .tokenizer import check_tokenizer, load_tokenizer
 
 
-def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(recipe: Recipe, **placing: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The recipe's model and its tokenizer, from a local folder or the Hub.
+
+    Args:
+        recipe: that names it.
+        **placing: of `from_pretrained`: `device_map`, `offload_folder`. Weights on disk are not looked through.
 
     Raises:
         UserError: there is no such model, it cannot be loaded as the recipe says, or its tokenizer is another model's.
@@ -45,6 +50,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             **{key: value for key, value in choices.items() if value},
             **quantization_options(recipe),
             **recipe.losses,
+            **placing,
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -53,7 +59,8 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             raise
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
-    check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), f"model {recipe.model!r}")
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    check_finite(((name, tensor) for name, tensor in tensors if not tensor.is_meta), f"model {recipe.model!r}")
     return model, tokenizer
 
 

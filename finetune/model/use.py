@@ -1,8 +1,13 @@
 """Models as they are used, not trained: loaded from a folder or the Hub, with an adapter on it."""
 
 import contextlib
+import json
 import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,12 +21,15 @@ from modeling_deepseek_moe.conversion.adapters.files import ADAPTER_CONFIG, ADAP
 from modeling_deepseek_moe.conversion.engine.beside import read_config
 from modeling_deepseek_moe.expert_lora import load_adapter
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..recipe.load import make_recipe
+from ..recipe.schema import Recipe
 from .checks import check_finite
 from .esft_adapter import esft_folder, load_esft_adapter
 from .load import load
 from .lora import known_warnings
+
+_WAYS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_for_use(
@@ -30,8 +38,9 @@ def load_for_use(
     adapter: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     text_only: bool = False,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, on the GPU if there is one, and its tokenizer.
+    """Model in evaluation mode, on the GPU if there is one or where `device_map` says, and its tokenizer.
 
     Args:
         model: local folder or Hub name.
@@ -39,6 +48,9 @@ def load_for_use(
         adapter: folder or Hub name of an adapter to put on it.
         trust_remote_code: run the tokenizer's code where it is code.
         text_only: of a model of several parts load the text part alone.
+        device_map: "auto" fills GPUs, then the CPU, then the disk; a device; or a JSON object, from the name of a
+            module to a device or "disk". Weights go there as they are read. Without it the whole model is loaded
+            on the CPU first.
 
     Raises:
         UserError: the model or the adapter cannot be loaded, or they do not belong together.
@@ -47,12 +59,63 @@ def load_for_use(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is an adapter: name its model, and the adapter with --adapter")
     keys = {"model": os.fspath(model), "dtype": dtype, "text_only": text_only, "trust_remote_code": trust_remote_code}
-    network, tokenizer = load(make_recipe({**keys, "data": "", "output_dir": ""}))
+    recipe = make_recipe({**keys, "data": "", "output_dir": ""})
+    if device_map is None:
+        network, tokenizer = load(recipe)
+    else:
+        network, tokenizer = _load_placed(recipe, read_device_map(device_map))
     if adapter is not None:
         network = put_adapter(network, adapter)
-    if torch.cuda.is_available():
+    if device_map is None and torch.cuda.is_available():
         network.to("cuda")
     return network.eval(), tokenizer
+
+
+def read_device_map(text: str) -> str | dict[str, str | int]:
+    """What `from_pretrained` takes for a device map that a user wrote.
+
+    Raises:
+        UserError: it is none, or names a device that is not here.
+    """
+    if text in _WAYS:
+        return text
+    places: Any = {"": text}
+    if text.lstrip().startswith("{"):
+        try:
+            places = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"--device-map is no JSON object: {first_line(error)}") from error
+    for place in places.values():
+        try:
+            if place != "disk" and type(place) in (str, int):
+                torch.empty(0, device=place)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            ways = ", ".join(_WAYS)
+            raise UserError(
+                f"--device-map names {place!r}, which is no device of this machine: give {ways}, a device such as "
+                "cuda:0 or cpu, or a JSON object from modules to devices"
+            ) from error
+        if type(place) not in (str, int):
+            raise UserError(f"--device-map names {place!r}: a module goes to a device or to disk")
+    return places
+
+
+def _load_placed(
+    recipe: Recipe, places: str | dict[str, str | int]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = tempfile.mkdtemp(prefix="deepseek-moe-offload-")
+    try:
+        network, tokenizer = load(recipe, device_map=places, offload_folder=folder)
+        if network.get_input_embeddings().weight.is_meta:
+            raise UserError(
+                "--device-map leaves model.embed_tokens, which reads the tokens, where nothing computes: give it a "
+                "device that does"
+            )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(network, shutil.rmtree, folder, ignore_errors=True)
+    return network, tokenizer
 
 
 def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreTrainedModel:
@@ -65,6 +128,7 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
         UserError: it cannot be read, adds tokens to the prompt, or has weights that the model has no place for.
     """
     adapter = os.fspath(adapter)
+    check_in_place(model, adapter)
     # An ESFT adapter's tensors take the place of the model's.
     before = set() if (esft := esft_folder(adapter)) else {id(tensor) for tensor in model.parameters()}
     try:
@@ -89,6 +153,15 @@ def put_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreT
     new = ((name, tensor) for name, tensor in adapted.named_parameters() if id(tensor) not in before)
     check_finite(new, f"adapter {adapter!r}")
     return adapted
+
+
+def check_in_place(model: PreTrainedModel, adapter: str) -> None:
+    """Raises a UserError if a device map keeps weights off the device that computes: there is no adapting them."""
+    if away := next((name for name, tensor in model.named_parameters() if tensor.is_meta), None):
+        raise UserError(
+            f"adapter {adapter!r} cannot be put on weights that --device-map keeps off their device, such as {away}: "
+            f"merge it first (`deepseek-moe convert MODEL DST --to bf16 --adapter {adapter}`) and name DST"
+        )
 
 
 def check_adapter_files(adapter: str) -> None:

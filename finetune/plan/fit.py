@@ -8,7 +8,7 @@ optimizer state, and all of the layers that compute at the moment; activations a
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..recipe.schema import Recipe
 from ..runs.named import named
 from ..runs.results import is_run
 from .memory import Memory, MemoryPlan
+from .model import Parameter
 
 GIB = 2**30
 CUDA_CONTEXT = int(0.8 * GIB)
@@ -129,7 +130,7 @@ def need_of(plan: MemoryPlan, memory: Memory, gpus: int = 1, offload: bool = Fal
     if can_shard(plan) and (gpus > 1 or offload):
         host = (memory.static + memory.all_gradients) if offload else 0
         parts = {} if offload else {name: -(-size // gpus) for name, size in parts.items()}
-        parts["layers gathered to compute"] = gathered(plan)
+        parts["layers gathered to compute"] = gathered(plan.parameters)
     parts |= {"activations": memory.activations, "temporaries": memory.temporaries}
     # Weights and states are allocated once; the rest comes and goes in pieces of many sizes.
     moving = memory.gradients + memory.activations + memory.temporaries
@@ -145,11 +146,11 @@ def can_shard(plan: MemoryPlan) -> bool:
     return plan.recipe.quantization is None
 
 
-def gathered(plan: MemoryPlan) -> int:
+def gathered(parameters: Iterable[Parameter]) -> int:
     """Whole weights that a sharded step holds: embedding, head and norms, the layer that computes and its
     gradients, and the next one."""
     root, of_layer, of_gradients = 0, {}, {}
-    for parameter in plan.parameters:
+    for parameter in parameters:
         one = parameter.nbytes // parameter.layers
         _, inside, rest = parameter.name.partition(".layers.")
         if not inside:
@@ -158,7 +159,7 @@ def gathered(plan: MemoryPlan) -> int:
         layer = rest.partition(".")[0]
         of_layer[layer] = of_layer.get(layer, 0) + one
         of_gradients[layer] = of_gradients.get(layer, 0) + one * parameter.is_trained
-    return root + 2 * max(of_layer.values()) + max(of_gradients.values())
+    return root + 2 * max(of_layer.values(), default=0) + max(of_gradients.values(), default=0)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

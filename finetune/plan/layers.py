@@ -35,6 +35,7 @@ class Shape:
         is_padded: rows differ in length or are packed, so that attention needs a mask.
         in_four_bits: frozen weights are dequantised for their products.
         device: "cuda", or "cpu", where the attention kernel wants values as wide as keys and experts take turns.
+        expert_ranks: ranks that share out the experts, with as many tokens for each.
     """
 
     batch: int
@@ -45,6 +46,7 @@ class Shape:
     is_padded: bool
     in_four_bits: bool
     device: str
+    expert_ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -148,7 +150,8 @@ def feed_forward_stages(config, layer: nn.Module, shape: Shape) -> list[Stage]:
     router    saved: the norm's x `[N, H]` in float32, and the normed x where a weight reads or makes it; scores
               `[N, E]`, once more for each balance loss; choices and weights `[N, K]`; the router's input in float32
               where it is trained
-    routed    see `experts_bytes`
+    routed    see `experts_bytes`; with experts on several ranks besides `[N K, H]` twice, the rows received and what
+              became of those sent; forward: what is sent and comes back; backward: the gradients of all three
     gate, up  saved: both `[N, I]`; backward: their gradients and the stream's
     down      saved: silu(gate), its product with up; backward: gradients of product, silu(gate) and up
     """
@@ -169,9 +172,13 @@ def feed_forward_stages(config, layer: nn.Module, shape: Shape) -> list[Stage]:
         saved += tokens * hidden * FLOAT + router.weight.numel() * FLOAT
     saved += stream  # the experts' input
     kept, forward, backward = experts_bytes(config, block.experts, shape)
+    of_experts = trained_bytes(block.experts) // shape.expert_ranks
+    if shape.expert_ranks > 1:
+        sent = tokens * config.num_experts_per_tok * hidden * shape.stream
+        kept, forward, backward = kept + 2 * sent, forward + 2 * sent, backward + 3 * sent
     stages = [
         Stage("router", saved, stream, 3 * stream, trained_bytes(block.gate) + of_norm),
-        Stage("routed experts", kept, forward, backward + 2 * stream, trained_bytes(block.experts)),
+        Stage("routed experts", kept, forward, backward + 2 * stream, of_experts),
     ]
     if block.shared_experts is not None:
         gate_up, down = mlp_stages("the shared experts", block.shared_experts, hidden, shape)
@@ -213,15 +220,20 @@ def experts_bytes(config, experts: nn.Module, shape: Shape) -> HeldBytes:
     base = base_of(experts)
     pairs = shape.tokens * config.num_experts_per_tok
     run = ExpertsPass(
-        shape.tokens, pairs, base.hidden_dim, base.intermediate_dim, base.num_experts, itemsize=shape.weight
+        shape.tokens,
+        pairs,
+        base.hidden_dim,
+        base.intermediate_dim,
+        base.num_experts // shape.expert_ranks,
+        itemsize=shape.weight,
     )
     trained = [p for p in experts.parameters() if p.requires_grad]
     wrappers = [child for child in experts.modules() if hasattr(child, "parameter_name")]
     is_chosen, on_cpu = isinstance(experts, ChosenExperts), shape.device == "cpu"
     if not (wrappers or is_chosen or shape.in_four_bits or on_cpu):
         return grouped_mm_bytes(run, bool(trained))
-    ranks = sum(len(A.weight) for wrapper in wrappers for A in wrapper.lora_A.values()) // run.experts
-    size = shape.weight * sum(p.numel() for p in trained)
+    ranks = sum(len(A.weight) for wrapper in wrappers for A in wrapper.lora_A.values()) // base.num_experts
+    size = shape.weight * sum(p.numel() for p in trained) // shape.expert_ranks
     # Factors are copied, and have their gradients in copies too; chosen experts have room for gradients.
     copied = (size, 2 * size) if wrappers else (0, size * is_chosen)
     if on_cpu or shape.in_four_bits:

@@ -108,23 +108,35 @@ class MemoryPlan:
         """Rows of a micro-batch, as the recipe says."""
         return self.training.get("per_device_train_batch_size") or 8
 
-    def memory(self, batch: int | None = None, length: int | None = None, is_padded: bool = True) -> Memory:
-        """Memory of a step whose micro-batches have `batch` rows of `length` tokens, by default the recipe's."""
+    @property
+    def base(self) -> nn.Module:
+        """The model without its adapters' wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several micro-batches add up."""
+        return (self.training.get("gradient_accumulation_steps") or 1) > 1
+
+    def shape(self, batch: int | None = None, length: int | None = None, is_padded: bool = True) -> Shape:
+        """A micro-batch of `batch` rows of `length` tokens, by default the recipe's."""
         batch, length = batch or self.rows, length or self.recipe.max_length
         if self.recipe.dpo:
             batch *= 2  # the preferred and the other answer
         is_padded = self.recipe.packing or (is_padded and batch > 1)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        stream = base.model.embed_tokens.weight.element_size()
+        stream = self.base.model.embed_tokens.weight.element_size()
         is_autocast = stream == FLOAT and any(self.training.get(name) for name in _HALF)
         product = 2 if is_autocast else stream
-        shape = Shape(batch, length, product, stream, stream, is_padded, bool(self.recipe.quantization), self.device)
-        accumulates = (self.training.get("gradient_accumulation_steps") or 1) > 1
+        return Shape(batch, length, product, stream, stream, is_padded, bool(self.recipe.quantization), self.device)
+
+    def memory(self, batch: int | None = None, length: int | None = None, is_padded: bool = True) -> Memory:
+        """Memory of a step whose micro-batches have `batch` rows of `length` tokens, by default the recipe's."""
+        shape = self.shape(batch, length, is_padded)
         weights = weights_by_part(self.parameters)
         trained = [p for p in self.parameters if p.is_trained]
         all_gradients = sum(p.nbytes for p in trained)
         state, scratch = optimizer_bytes(self.training.get("optim") or "adamw_torch_fused", trained, self.device)
-        moments = training_peak(self.groups(base, shape), all_gradients if accumulates else 0)
+        moments = training_peak(self.groups(self.base, shape), all_gradients if self.accumulates else 0)
         moments.append(("optimizer step", all_gradients, 0, scratch))
         moment, gradients, activations, temporaries = max(moments, key=lambda each: sum(each[1:]))
         return Memory(

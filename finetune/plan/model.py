@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,17 @@ class Parameter:
         return int(self.numel * self.itemsize)
 
 
-def meta_model(config: DeepseekMoeConfig, recipe: Recipe) -> tuple[DeepseekMoeConfig, nn.Module, list[int]]:
+def meta_model(
+    config: DeepseekMoeConfig, recipe: Recipe, spread: Callable[[nn.Module], nn.Module] | None = None
+) -> tuple[DeepseekMoeConfig, nn.Module, list[int]]:
     """The model as the recipe trains it, without data, and for each layer the one of the model that stands for it.
 
     Layers of one kind are alike, so one of each kind is built, unless the recipe tells layers apart.
+
+    Args:
+        config: of the model.
+        recipe: what to train.
+        spread: what several ranks make of the model before it gets its adapters.
     """
     if recipe.lora.get("layer_replication"):
         raise RecipeError(
@@ -69,6 +77,7 @@ def meta_model(config: DeepseekMoeConfig, recipe: Recipe) -> tuple[DeepseekMoeCo
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     with torch.device("meta"):
         model = DeepseekMoeForCausalLM(built).to(dtype)
+    model = model if spread is None else spread(model)
     layer_of = [layer if needed == depth else kinds.index(kinds[layer]) for layer in range(depth)]
     if recipe.esft:
         train_chosen(model, assumed_choice(built, recipe))

@@ -1,6 +1,7 @@
 """What `deepseek-moe plan` prints: one recipe's memory, or a table of all recipes and models."""
 
 import json
+import re
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,8 @@ from .fit import (
     plan_recipe,
     read_memory,
 )
+from .layout_report import layout_facts, show_layouts
+from .layouts import USUAL, has_layouts
 from .memory import MemoryPlan
 
 TABLE_MODELS = {
@@ -37,29 +40,49 @@ _SINGLE, _LARGEST = (24, 48, 80), 80
 
 
 def plan_memory(
-    model: str, recipe: str, overrides: list[str], gpu_memory: str | None, gpus: int = 1, as_json: bool = False
+    model: str, recipe: str, overrides: list[str], gpu_memory: str | None, gpus: str = "1", as_json: bool = False
 ) -> None:
-    """Print what a training step needs, where it fits, and advice where it does not.
+    """Print what a training step needs, where it fits, and advice where it does not; of several GPUs also layouts.
 
     Args:
         model: folder, Hub name or name of a released model.
         recipe: a YAML file or the name of a shipped recipe.
         overrides: `key=value` that win over the recipe.
         gpu_memory: memory of one GPU, with a unit.
-        gpus: how many there are.
+        gpus: how many there are, or several such numbers with commas between, of which only layouts are printed.
         as_json: print JSON instead of a table.
 
     Raises:
         UserError: the model, the recipe or a number is wrong.
     """
-    if gpus < 1:
-        raise UserError(f"--gpus is {gpus}: it is a number of GPUs, at least 1")
+    counts = read_gpus(gpus)
     available = None if gpu_memory is None else read_memory(gpu_memory)
-    facts = plan_facts(model, recipe, overrides, available, gpus)
+    found = []
+    for count in counts:
+        facts = plan_facts(model, recipe, overrides, available, count)
+        if count > 1 and has_layouts(plan_recipe(recipe, model, overrides)):
+            facts |= layout_facts(model, recipe, overrides, available or USUAL, count)
+        found.append(facts)
+        if as_json:
+            continue
+        if len(counts) == 1 or "layouts" not in facts:
+            _show(facts)
+        if "layouts" in facts:
+            show_layouts(facts)
     if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _show(facts)
+        print(json.dumps(found[0] if len(counts) == 1 else found, indent=2))
+
+
+def read_gpus(text: str) -> list[int]:
+    """The numbers of "8" or "8,64,256".
+
+    Raises:
+        UserError: there is something else in it.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", word) and int(word) for word in words):
+        raise UserError(f"--gpus is {text}: it is a number of GPUs, at least 1, or several with commas between: 8,64")
+    return [int(word) for word in words]
 
 
 def plan_facts(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .use import Model, TextOnly, TrustRemoteCode
+from .use import DeviceMap, Model, TextOnly, TrustRemoteCode
 
 
 def score(
@@ -19,6 +19,7 @@ def score(
     split: Annotated[str, typer.Option(help="Which split of a Hub data set.")] = "train",
     trust_remote_code: TrustRemoteCode = False,
     text_only: TextOnly = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Run a sample of data through a model and score every expert: how many tokens it serves, with what weight."""
     from modeling_deepseek_moe.finetune.experts.score_data import score_data
@@ -34,6 +35,7 @@ def score(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         text_only=text_only,
+        device_map=device_map,
     )
 
 

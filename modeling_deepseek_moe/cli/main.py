@@ -18,7 +18,7 @@ from modeling_deepseek_moe.errors import UserError
 from .esft import score, select
 from .preview import preview
 from .recipes import Overrides, RecipeName, WithKeys, keys, recipes
-from .use import Model, TextOnly, TrustRemoteCode, chat, evaluate
+from .use import DeviceMap, Model, TextOnly, TrustRemoteCode, chat, evaluate
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -127,6 +127,7 @@ def experts(
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     text_only: TextOnly = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Run data through a model and show which experts serve it: a table, a picture and JSON."""
     from modeling_deepseek_moe.finetune.experts.report import report_experts
@@ -144,6 +145,7 @@ def experts(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         text_only=text_only,
+        device_map=device_map,
     )
 
 
@@ -265,19 +267,24 @@ def plan(
     recipe: Annotated[str | None, RecipeName] = None,
     overrides: Overrides = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, with its unit: 24GB.")] = None,
-    gpus: Annotated[int, typer.Option(help="How many of them; FSDP or ZeRO-3 shard over them.")] = 1,
+    gpus: Annotated[
+        str, typer.Option(metavar="N", help="How many of them, and which layout to take; 8,64 compares numbers.")
+    ] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="All shipped recipes on released models instead.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="All shipped recipes on released models; with --gpus, layouts.")
+    ] = False,
 ) -> None:
-    """Say how much memory a recipe needs to train a model, where it fits, and what would help."""
-    from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table
+    """Say how much memory a recipe needs to train a model, where it fits, and what would help; with --gpus, how."""
+    from modeling_deepseek_moe.finetune.plan.layout_report import layout_table
+    from modeling_deepseek_moe.finetune.plan.report import plan_memory, plan_table, read_gpus
     from modeling_deepseek_moe.finetune.runs.results import is_run
 
     if table:
-        print(plan_table())
+        print(plan_table() if gpus == "1" else layout_table(read_gpus(gpus)))
         return
-    if model is not None and recipe is None and is_run(Path(model)):
-        recipe = model
+    if model is not None and recipe is None:
+        recipe = model if is_run(Path(model)) else "full" if gpus != "1" else None
     if model is None or recipe is None:
         raise typer.BadParameter("name a model and a recipe, or a run, or give --table")
     plan_memory(model, recipe, overrides or [], gpu_memory, gpus, as_json)

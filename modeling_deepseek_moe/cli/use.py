@@ -15,6 +15,10 @@ TrustRemoteCode = Annotated[
 TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Of a model of several parts, such as Kimi-K2.5, take the text part alone.")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Where parts of the model go: auto, a device, or a JSON object; on one device by default."),
+]
 
 
 def evaluate(
@@ -48,6 +52,7 @@ def evaluate(
     dtype: _Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     text_only: TextOnly = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Measure a model on benchmarks, a text or rows with answers; before and after in one table."""
     from modeling_deepseek_moe.finetune.evaluate.measure import evaluate_model
@@ -71,6 +76,7 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         text_only=text_only,
+        device_map=device_map,
     )
 
 
@@ -90,6 +96,7 @@ def chat(
     dtype: _Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     text_only: TextOnly = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Talk with a model; /help in it shows what else it can do. Lines of a pipe are messages."""
     from modeling_deepseek_moe.finetune.evaluate.chat import chat as talk
@@ -106,4 +113,5 @@ def chat(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         text_only=text_only,
+        device_map=device_map,
     )
