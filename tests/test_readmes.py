@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from dense_folders import dense_folder
 from huggingface_hub import HfApi
 from peft import get_peft_model
 from readmes import COMMAND, READMES, ROOT, command_problem, typed_in
 from tiny_run import counting_rows, tiny_base, tiny_tokenizer, write_jsonl
+from torch.distributed.run import get_args_parser
 
 from modeling_deepseek_moe import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.finetune import lora_config
@@ -74,6 +76,9 @@ def test_a_command_that_would_not_run_is_noticed(command, problem):
     assert problem in command_problem(command)
 
 
+LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
+
+
 @pytest.mark.parametrize(
     "typed",
     [typed for typed in EVERYTHING if typed.language == "bash" and not typed.text.startswith(f"{COMMAND} ")],
@@ -89,6 +94,10 @@ def test_what_other_programs_are_to_do_is_there(typed):
     elif program == "pip":
         extras = re.findall(r"\[(\w+)\]", typed.text)
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
+    elif program in LAUNCHERS:
+        given = LAUNCHERS[program]().parse_args(words[program == "accelerate" :])
+        assert given.module and given.training_script == "modeling_deepseek_moe.cli"
+        assert command_problem(shlex.join(["deepseek-moe", *given.training_script_args])) is None
     else:
         assert program == "python"
         script = (ROOT / words[0]).read_text()
