@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_deepseek_moe import DeepseekMoeForCausalLM
+from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseek_moe._compat import is_dtensor
 
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..files import says_full
@@ -18,6 +19,7 @@ from .checks import check_configs, check_finite
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
+from .spread import spread_options
 from .tokenizer import check_tokenizer, load_tokenizer
 
 
@@ -38,12 +40,14 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not is_here:  # a Hub that is not reached is waited for once
         check_configs(recipe.model)
     try:
+        options = spread_options(recipe, DeepseekMoeConfig.from_pretrained(recipe.model)) if recipe.parallel else {}
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
             text_only=recipe.text_only,
             **{key: value for key, value in choices.items() if value},
             **quantization_options(recipe),
+            **options,
             **recipe.losses,
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -53,7 +57,9 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             raise
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
-    check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), f"model {recipe.model!r}")
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    here = ((name, tensor.to_local() if is_dtensor(tensor) else tensor) for name, tensor in tensors)
+    check_finite(here, f"model {recipe.model!r}")
     return model, tokenizer
 
 
