@@ -97,10 +97,10 @@ class TrainerSeams:
         """Gives the model in memory the weights of a checkpoint's folder."""
 
     def write_moments(self, checkpoint: Path) -> None:
-        """Writes this process's part of the optimizer's state."""
+        """Writes this process's part of the optimizer's state, and the main one the schedule's."""
 
     def read_moments(self, checkpoint: Path) -> None:
-        """Gives the optimizer its state."""
+        """Gives optimizer and schedule their state."""
 
     def state_to_save(self) -> dict[str, torch.Tensor] | None:
         """What a checkpoint holds of the model; None for all of it."""
@@ -202,15 +202,12 @@ class TrainerSeams:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         self.write_moments(Path(output_dir))
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_spread or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.read_moments(Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)

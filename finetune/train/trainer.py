@@ -30,6 +30,7 @@ from .held_out import TokenLossMixin
 from .unlogged import KeepUnlogged
 
 BAD_BATCH = "bad_batch{}.json"
+_SCHEDULE = "scheduler.pt"  # as Trainer calls it
 
 
 class RunTrainerMixin(TrainerSeams):
@@ -119,10 +120,14 @@ class RunTrainerMixin(TrainerSeams):
 
     def write_moments(self, checkpoint: Path) -> None:
         spread_state().save_moments(self.model, self.optimizer.optimizer, checkpoint)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), checkpoint / _SCHEDULE)
 
     def read_moments(self, checkpoint: Path) -> None:
         spread_state().check_rows(checkpoint, self.rows_of_a_step)
-        spread_state().load_moments(self.model, self.optimizer.optimizer, checkpoint)
+        optimizer = self.optimizer.optimizer  # which accelerate wraps
+        spread_state().load_moments(self.model, optimizer, checkpoint)
+        spread_state().load_schedule(self.lr_scheduler, optimizer, checkpoint / _SCHEDULE)
 
     @property
     def rows_of_a_step(self) -> int:

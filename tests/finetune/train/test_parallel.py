@@ -90,3 +90,57 @@ def test_selection_biases_and_what_is_said_of_experts_are_equal(runs, layout):
 @pytest.mark.slow
 def test_an_adapter_saved_without_training_is_bit_equal(runs):
     assert runs.difference("ep untrained", "one untrained") == 0
+
+
+# Where a run of two processes goes on, whose experts are apart.
+OTHER_SIZES = {"one": (1, {"parallel.shard": "auto"}), "three": (3, {"parallel.shard": 3})}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("resumed"))
+    for kind in ("lora", "full"):
+        options = {"trains_all": kind == "full", **MTP, **BEST, **BATCH, **(BIAS if kind == "full" else {})}
+        runs.add(f"through {kind}", 2, **options, **EP)
+        for name, (ranks, layout) in {"two": (2, EP), **OTHER_SIZES}.items():
+            runs.add(f"stopped {name} {kind}", 2, stop=3, **options, **EP)
+            runs.add(f"{name} {kind}", ranks, of=f"stopped {name} {kind}", **options, **layout)
+        lost = ["summary.json", "adapter", "model"]
+        runs.add(f"saved again {kind}", 2, of=f"through {kind}", lost=lost, **options, **EP)
+    runs.add("stopped other rows", 2, stop=3, **EP)
+    runs.add(
+        "other rows", 3, of="stopped other rows", **{"parallel.shard": 3, "training.per_device_train_batch_size": 6}
+    )
+    return runs.go()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_stopped_run_goes_on_with_the_same_bits_in_as_many_processes(resumed, kind):
+    assert resumed.found[f"two {kind}"][0]["resumed_from"] == "checkpoint-2"
+    assert resumed.difference(f"two {kind}", f"through {kind}") == 0
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert resumed.log(f"two {kind}", key) == resumed.log(f"through {kind}", key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", OTHER_SIZES)
+@pytest.mark.parametrize("kind, bound", [("lora", 1e-4), ("full", 1e-5)])
+def test_a_stopped_run_goes_on_in_another_number_of_processes_as_if_nothing_were(resumed, kind, bound, size):
+    assert resumed.found[f"{size} {kind}"][0]["resumed_from"] == "checkpoint-2"
+    resumed.check_alike(f"{size} {kind}", f"through {kind}")
+    assert resumed.difference(f"{size} {kind}", f"through {kind}") < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_whose_results_were_lost_saves_its_best_checkpoint_again(resumed, kind):
+    again, before = (resumed.found[f"{name} {kind}"][0] for name in ("saved again", "through"))
+    assert again["resumed_from"] == "checkpoint-6" and before["resumed_from"] is None
+    assert again["eval_loss_after"] == before["eval_loss_after"]
+
+
+@pytest.mark.slow
+def test_steps_of_another_number_of_rows_are_refused(resumed):
+    for found in resumed.found["other rows"]:
+        assert "was written by a run with 12 rows a step, and here a step has 18" in found["error"]
