@@ -75,6 +75,11 @@ class RunTrainerMixin(TrainerSeams):
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state
+        # Which the main process wrote of itself.
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
         # What belongs to the weights, and what the end of training writes, is the callbacks'.
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
