@@ -22,13 +22,15 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """The choice that `word` is most likely meant for, for "did you mean".
 
     Names may have a section in front and words between underscores: `epochs` means `training.num_train_epochs`, the
-    first name that has these words among its own. Else it is the one that is spelled most alike.
+    first name that has these words among its own. Else it is the one that is spelled most alike, as is a name with a
+    letter too many or too few.
     """
     section, _, name = word.lower().rpartition(".")
 
     def closeness(choice: str) -> tuple[int, bool, float]:
         its_section, _, its_name = choice.lower().rpartition(".")
-        meant = 2 if name == its_name else int(set(name.split("_")) < set(its_name.split("_")))
+        is_it = difflib.SequenceMatcher(None, name, its_name).ratio() > 0.9
+        meant = 2 if is_it else int(set(name.split("_")) < set(its_name.split("_")))
         alike = 0.0 if meant == 1 else difflib.SequenceMatcher(None, word.lower(), choice.lower()).ratio()
         return meant, section == its_section, alike
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 from modeling_deepseek_moe.errors import UserError
 
 UNFINISHED = ".aside"  # how the name of what is still being written ends
+_MOST_FILES = 10_000  # of a data set in a folder
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
 _TEXTS = (os.strerror(errno.ENOSPC), "Not enough disk space")  # the second one is of the library datasets
 
@@ -118,11 +120,20 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, that of its files' names and bytes, hidden ones left out."""
+    """SHA-256 of a file's bytes; of a folder, that of its files' names and bytes, hidden ones left out.
+
+    Raises:
+        UserError: a folder of more files than rows come in.
+    """
     if not path.is_dir():
         return file_digest(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    files = list(itertools.islice(path.rglob("*"), _MOST_FILES + 1))
+    if len(files) > _MOST_FILES:
+        raise UserError(
+            f"{path} is a folder with more than {_MOST_FILES:,} files: name one that holds rows and no more"
+        )
+    for file in sorted(files):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name.as_posix()}\0{file_digest(file)}\n".encode(errors="surrogateescape"))

@@ -17,7 +17,12 @@ def counting_bar(stays: bool = True) -> Progress:
         TimeRemainingColumn(),
     )
     # Lines for a file or a pipe go there and not to the terminal of the bar.
-    return Progress(*columns, console=Console(stderr=True), transient=not stays, redirect_stdout=sys.stdout.isatty())
+    return Progress(
+        *columns,
+        console=Console(stderr=True, force_jupyter=False),
+        transient=not stays,
+        redirect_stdout=sys.stdout.isatty(),
+    )
 
 
 def row_progress() -> Progress:

@@ -4,10 +4,12 @@ import torch
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether every value of a tensor, of any type, is a finite number.
+    """Whether every value of a tensor, of any type, is a finite number; of a packed one, whether its parts' are.
 
     One pass without copies where a sum says so; values whose sum is beyond float32 are looked at one by one.
     """
+    if hasattr(values, "__tensor_flatten__"):
+        return all(all_finite(getattr(values, name)) for name in values.__tensor_flatten__()[0])
     if values.is_meta or not values.is_floating_point():
         return True
     if values.element_size() == 1:

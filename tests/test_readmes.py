@@ -20,7 +20,7 @@ from modeling_deepseek_moe.finetune.demo.local_hub import LocalHub
 from modeling_deepseek_moe.finetune.recipe.load import SHIPPED
 
 # Released models that a command loads: tiny ones of these names are on a local Hub, to which HF_ENDPOINT leads.
-ON_THE_HUB = ("deepseek-ai/DeepSeek-V2-Lite",)
+ON_THE_HUB = ("deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2-Lite-Chat")
 # What a reader puts in the place of a word in capitals. DST is a new folder for each command, RANKS the last of these.
 PLACEHOLDERS = {
     "MODEL": "deepseek-ai/DeepSeek-V2-Lite",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 _NAME = 100  # characters of a module's name, more or less
-_MOST_WAYS = 1_000_000  # of all patterns of a config together; PEFT puts `(.*\.)?` in front, which multiplies them
+_MOST_WAYS = 100_000_000  # of all patterns of a config together; PEFT puts `(.*\.)?` in front, which multiplies them
 _LONGEST = 20_000
 _GROUP = re.compile(r"\(\?(?::|=|!|<=|<!|P<\w+>)|\((?!\?)")
 _COUNTED = re.compile(r"\{(\d*)(,?)(\d*)\}")

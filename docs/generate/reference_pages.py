@@ -1,21 +1,17 @@
 """Reference pages that follow from the code: config fields, recipe keys, the command, and the API of each package."""
 
 import ast
-import dataclasses
 import importlib
-import inspect
 import re
 import subprocess
 import sys
-import typing
 from collections.abc import Iterable
 
 from mkdocs.exceptions import PluginError
 from repository import ROOT
 
-from modeling_deepseek_moe.finetune.recipe.schema import EsftOptions, Recipe
-from modeling_deepseek_moe.finetune.recipe.sections import OWN_INSTEAD, section_hints
-from modeling_deepseek_moe.parts import WORDS
+from modeling_deepseek_moe.finetune.recipe.keys import recipe_keys as keys_of_recipes
+from modeling_deepseek_moe.finetune.recipe.sections import OWN_INSTEAD
 
 CONFIG = "modeling_deepseek_moe/configuration_deepseek_moe.py"
 # Page -> title, and the package whose public names it has.
@@ -46,11 +42,12 @@ MODULES = {
     ),
     "reference/balancing.md": ("Balance losses", "modeling_deepseek_moe.balancing", "null"),
 }
-# Recipe sections whose keys are fields of another library's class, and that class.
-_FOREIGN = {
-    "lora": "`peft.LoraConfig`, besides `targets`, a list of " + ", ".join(f"`{word}`" for word in (*WORDS, "all")),
-    "training": "`transformers.TrainingArguments`",
-    "dpo": "`trl.DPOConfig`",
+# What stands above the table of a section.
+_OF_SECTION = {
+    "losses": ["By the names of [the config's fields](config.md#balance-group)."],
+    "lora": ["Fields of `peft.LoraConfig`."],
+    "training": ["Fields of `transformers.TrainingArguments`."],
+    "dpo": ["Fields of `trl.DPOConfig`."],
 }
 
 
@@ -100,77 +97,26 @@ def _field_row(row: tuple[str, ast.AnnAssign]) -> tuple[str, str, str]:
 
 
 def recipe_keys() -> str:
-    """The keys of a recipe with type, default and meaning; of its sections, with what other libraries' keys are."""
-    sections = section_hints(("dpo",))
+    """The keys of a recipe, section by section, with what `deepseek-moe keys` says of each."""
+    keys = [(key.name.rpartition(".")[0], key) for key in keys_of_recipes()]
     parts = [
         "# Recipe keys",
-        "What may stand in a recipe's YAML file, or after it on the command line as `KEY=VALUE`. An unknown key is an "
-        "error that names the nearest.",
-        *_keys_of(Recipe, skip=tuple(sections)),
-        "Keys of sections are written as a nested mapping, or with a dot: `lora.r=32`.",
+        "What may stand in a recipe's YAML file, or after it on the command line as `KEY=VALUE`; `deepseek-moe keys "
+        "WORD` finds one. An unknown key is an error that names the nearest. Keys of sections are written as a nested "
+        "mapping, or with a dot: `lora.r=32`.",
     ]
-    meanings = explained(Recipe)
-    for name, hints in sections.items():
-        parts += [f"## `{name}.*`", f"{meanings[name][0].upper()}{meanings[name][1:]}"]
-        if name == "esft":
-            parts += _keys_of(EsftOptions)
-        elif name == "losses":
-            rows = [(f"`losses.{key}`", f"`{type_name(hint)}`") for key, hint in hints.items()]
-            parts += [
-                "By the names of [the config's fields](config.md#balance-group).",
-                "\n".join(_table(("key", "type"), rows)),
-            ]
-        else:
-            names = [key for key in hints if key != "targets"]
-            parts += [f"Fields of {_FOREIGN[name]}. {len(names)} are accepted:", _inline(names)]
-        if name == "training":
+    for section in dict.fromkeys(section for section, _ in keys):
+        parts += [f"## `{section}.*`", *_OF_SECTION.get(section, [])] if section else []
+        rows = [
+            (f"`{key.name}`", f"`{key.type}`", "required" if key.default is None else f"`{key.default}`", key.line)
+            for its_section, key in keys
+            if its_section == section
+        ]
+        parts.append("\n".join(_table(("key", "type", "default", "what it says"), rows)))
+        if section == "training":
             rows = [(f"`{key}`", f"{instead[0].upper()}{instead[1:]}.") for key, instead in OWN_INSTEAD.items()]
             parts += ["These are refused:", "\n".join(_table(("field", "instead"), rows))]
     return "\n\n".join(parts) + "\n"
-
-
-def _inline(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) + "."
-
-
-def _keys_of(recipe: type, skip: tuple[str, ...] = ()) -> list[str]:
-    hints, meanings = typing.get_type_hints(recipe), explained(recipe)
-    rows = []
-    for item in dataclasses.fields(recipe):
-        if item.name in skip:
-            continue
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        default = "required" if required else f"`{item.default!r}`"
-        rows.append((f"`{item.name}`", f"`{type_name(hints[item.name])}`", default, meanings[item.name]))
-    return ["\n".join(_table(("key", "type", "default", "what it says"), rows))]
-
-
-def explained(documented: type) -> dict[str, str]:
-    """Name -> text of the `Attributes:` of a class's docstring.
-
-    Raises:
-        PluginError: it explains no such field, or explains one that is not there.
-    """
-    attributes = inspect.getdoc(documented).partition("Attributes:\n")[2]
-    found: dict[str, str] = {}
-    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", attributes, re.M):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    fields = {item.name for item in dataclasses.fields(documented)}
-    if fields != found.keys():
-        wrong = ", ".join(sorted(fields ^ found.keys()))
-        raise PluginError(f"the docstring of {documented.__name__} and its fields differ in {wrong}")
-    return found
-
-
-def type_name(hint: object) -> str:
-    """A type as one writes it: `int | None`, `'nf4' | None`."""
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType":
-        return " | ".join(type_name(part) for part in typing.get_args(hint))
-    if hint is type(None):
-        return "None"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def command_line() -> str:

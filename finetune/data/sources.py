@@ -47,6 +47,8 @@ def open_rows(source: str, split: str, streaming: bool = False) -> tuple[Callabl
 
 def check_source(source: str) -> None:
     """Raise a UserError for what can only be a path and is none; it costs nothing, so it can come first."""
+    if not source.strip():
+        raise UserError(f"data is {source!r}: give the path of {_NAMES}")
     path = Path(source)
     if os.path.exists(source) or not (is_rows_file(path) or source.startswith((".", "/", "~"))):
         return

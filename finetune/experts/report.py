@@ -105,8 +105,8 @@ def report_experts(
     folder = Path(output_dir).expanduser()
     settings = {"data_split": split, "max_length": max_length, "dtype": dtype}
     make_recipe({"model": os.fspath(model), "data": sources[0], "output_dir": str(folder), **settings})
-    found = named(model, adapter)
     with nothing_lost_if_full(folder), _replaced(folder, (PICTURE, TABLE)) as scratch:
+        found = named(model, adapter)
         network, tokenizer = load_for_use(found.model, dtype, found.adapter, trust_remote_code, text_only)
         moe_layers(network)
         sets = {

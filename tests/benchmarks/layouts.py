@@ -31,6 +31,7 @@ LAYOUTS = {
     "EP2 x FSDP2 2": (2, {"parallel.ep": 2}),
 }
 # 18 rows, of which a global batch has 6: accelerate would fill up a last one, for each process to have a part of it.
+# Texts are more, since they are packed.
 TINY = {
     "max_length": 32,
     "dtype": "float32",
@@ -50,7 +51,7 @@ def rows_of(folder: Path) -> dict[str, Path]:
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w0 w0 w0"}
         for row in counting_rows("prompt")
     ]
-    kinds = {"preferences": pairs, **{kind: counting_rows(kind) for kind in ("messages", "text")}}
+    kinds = {"preferences": pairs, "messages": counting_rows("messages"), "text": counting_rows("text", 400)}
     return {kind: write_jsonl(folder / f"{kind}.jsonl", rows) for kind, rows in kinds.items()}
 
 
@@ -64,6 +65,8 @@ def jobs_of(folder: Path, recipes: list[str], layouts: list[str]) -> dict[str, d
             name = f"{recipe} {layout}".replace(" ", "-")
             values = {**TINY, "model": str(base), "data": str(rows[kind]), "output_dir": str(folder / name), **options}
             values |= {"training.per_device_train_batch_size": 6 // ranks}
+            if recipe.startswith("lora"):  # each process draws its own
+                values["lora.lora_dropout"] = 0.0
             values |= {"training.learning_rate": 1e-4 if recipe in ("full", "continue_pretraining") else 1e-3}
             jobs[name] = {"recipe": recipe, "ranks": ranks, "values": values}
     return jobs

@@ -40,8 +40,8 @@ def log_probability(model, prompt, answer):
     return log_probs.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
-def encoded(row, max_length=64, long_rows="cut"):
-    (made,), how = encode_preference(row, tiny_tokenizer(), max_length, long_rows)
+def encoded(row, max_length=64, long_rows="cut", **options):
+    (made,), how = encode_preference(row, tiny_tokenizer(), max_length, long_rows, **options)
     return *(" ".join(tiny_tokenizer().convert_ids_to_tokens(ids)) for ids in made.values()), how
 
 
@@ -64,8 +64,9 @@ def test_earlier_answers_belong_to_the_prompt():
 
 
 def test_text_has_bos_once_and_ends_with_eos():
-    for prompt in ("w1", "<s> w1"):
-        assert encoded({"prompt": prompt, "chosen": " w2", "rejected": " w3"}) == (
+    for prompt, split in (("w1", True), ("<s> w1", False)):
+        row = {"prompt": prompt, "chosen": " w2", "rejected": " w3"}
+        assert encoded(row, split_special_tokens=split) == (
             "<s> w1",
             "w2 </s>",
             "w3 </s>",
@@ -76,7 +77,7 @@ def test_text_has_bos_once_and_ends_with_eos():
 def test_long_answers_are_cut():
     row = {"prompt": "w1", "chosen": " w2 w3 w4", "rejected": " w5"}
     assert encoded(row, max_length=4) == ("<s> w1", "w2 w3", "w5 </s>", "cut")
-    with pytest.raises(RowError, match="has 6 tokens, more than max_length=4"):
+    with pytest.raises(RowError, match="has more tokens than max_length=4"):
         encoded(row, max_length=4, long_rows="skip")
 
 
