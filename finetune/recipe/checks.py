@@ -124,14 +124,15 @@ def check_parallel(recipe: Recipe) -> None:
     if key := sharded_by(recipe):
         raise RecipeError(f"`parallel` and `training.{key}` are two ways to spread a model over processes: remove one")
     apart = {
-        "quantization": "set `quantization: null`, and the weights are spread as they are; or remove `parallel`, and "
-        "every GPU holds the four-bit weights and shares the batch",
-        "esft": "whose trained parts of stacks are not spread; remove `parallel`, and the processes share the batch",
-        "dpo": "set `training.fsdp: true` instead",
+        "quantization": "weights in four bits are not cut up: set `quantization: null`, and they are spread as they "
+        "are; or remove `parallel`, and every GPU holds the four-bit weights and shares the batch",
+        "esft": "the parts of stacks that it trains are not spread: remove `parallel`, and the processes share the "
+        "batch",
+        "dpo": "TRL was not tried on a model that is read in parts: set `training.fsdp: true` instead",
     }
     for name, way_out in apart.items():
         if getattr(recipe, name):
-            raise RecipeError(f"`{name}` does not go with `parallel`: {way_out}")
+            raise RecipeError(f"`{name}` does not go with `parallel`; {way_out}")
     if recipe.merge:
         raise RecipeError(
             "`merge` is true, but with `parallel` no process holds the weights to merge into: set merge: false, and "

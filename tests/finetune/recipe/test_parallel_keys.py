@@ -88,9 +88,9 @@ def test_an_older_transformers_is_refused(monkeypatch):
     [
         ({"training.fsdp": True}, "`parallel` and `training.fsdp` are two ways"),
         ({"training.deepspeed": {"zero_optimization": {"stage": 3}}}, "`parallel` and `training.deepspeed` are two"),
-        ({**LORA, "quantization": "nf4"}, "`quantization` does not go with `parallel`: set `quantization: null`"),
+        ({**LORA, "quantization": "nf4"}, "`quantization` does not go with `parallel`; .*set `quantization: null`"),
         ({"esft.top_p": 0.2}, "`esft` does not go with `parallel`"),
-        ({"dpo.beta": 0.1}, "`dpo` does not go with `parallel`: set `training.fsdp: true` instead"),
+        ({"dpo.beta": 0.1}, "`dpo` does not go with `parallel`; .*set `training.fsdp: true` instead"),
         ({**LORA, "merge": True}, "`merge` is true, but with `parallel` .*`deepseek-moe convert m"),
         ({**LORA, "parallel.tp": 2}, "`parallel.tp` is 2, under which PEFT's adapters are wrong: give these"),
         (
