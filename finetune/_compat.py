@@ -25,7 +25,12 @@ BORROWED = (
     Borrowed("transformers.trainer", "._total_loss_scalar", "of these, what this call has not made"),
     Borrowed("transformers.trainer", "._globalstep_last_logged", "since when"),
     Borrowed("transformers", "Trainer._load_best_model", "the best checkpoint is as it was written"),
-    Borrowed("transformers", "Trainer._load_from_checkpoint", "a finished run is restored and not trained on"),
+    Borrowed(
+        "transformers",
+        "Trainer._load_from_checkpoint",
+        "a finished run is restored and not trained on; weights in parts",
+        ("resume_from_checkpoint", "model"),
+    ),
     Borrowed(
         "transformers",
         "Trainer._prepare_for_training",
@@ -57,6 +62,15 @@ BORROWED = (
         "shards the model",
         ("model", "distributed_config", "mesh_manager"),
     ),
+    Borrowed(
+        "transformers.distributed.checkpoint",
+        "_redistribute_state_dict",
+        "weights as a distributed checkpoint can hold them",
+        ("state_dict", "reference_state_dict"),
+    ),
+    Borrowed("transformers.core_model_loading", "revert_weight_conversion", "saves a part of a model's weights"),
+    Borrowed("transformers", "Trainer._save_optimizer_and_scheduler", "of weights in parts", ("output_dir",)),
+    Borrowed("transformers", "Trainer._load_optimizer_and_scheduler", "of weights in parts", ("checkpoint",)),
     # Whose source is read for `deepseek-moe keys`.
     Borrowed("transformers.training_args", "TrainingArguments", "the file of this class"),
     Borrowed("peft.tuners.lora.config", "LoraConfig", "the file of this class"),
@@ -85,6 +99,21 @@ BORROWED = (
 
 class TrainerSeams:
     """Public names for what a run changes of a Trainer; comes before it among the bases."""
+
+    # Whether checkpoints are written by all processes, each its part, with the four methods that follow.
+    is_spread = False
+
+    def write_weights(self, checkpoint: Path) -> None:
+        """Writes this process's part of the weights."""
+
+    def read_weights(self, checkpoint: Path) -> None:
+        """Gives the model in memory the weights of a checkpoint's folder."""
+
+    def write_moments(self, checkpoint: Path) -> None:
+        """Writes this process's part of the optimizer's state, and the main one the schedule's."""
+
+    def read_moments(self, checkpoint: Path) -> None:
+        """Gives optimizer and schedule their state."""
 
     def state_to_save(self) -> dict[str, torch.Tensor] | None:
         """What a checkpoint holds of the model; None for all of it."""
@@ -168,13 +197,38 @@ class TrainerSeams:
         self.write_checkpoint(lambda: save(*args, **kwargs))
 
     def _load_best_model(self) -> None:
-        self.check_best(Path(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        self.check_best(best)
+        if self.is_spread:
+            self.read_weights(best)
+        else:
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_spread:
+            self.read_weights(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.write_moments(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_spread or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.read_moments(Path(checkpoint))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.is_spread:
+            self.write_weights(Path(output_dir))
+            return
         super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
 
 
@@ -197,6 +251,31 @@ def whole_buffers(model: nn.Module, device: torch.device) -> Iterator[None]:
     yield
     for module, name in kept:
         module._non_persistent_buffers_set.discard(name)
+
+
+def as_published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's weights by the names, and in the parts, in which `save_pretrained` writes them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+@contextlib.contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """In it, one process can save what belongs to a model that is spread over several."""
+    config = model.config
+    spread, config.distributed_config = getattr(config, "distributed_config", None), None
+    try:
+        yield
+    finally:
+        config.distributed_config = spread
+
+
+def as_checkpointed(state: dict[str, torch.Tensor], like: dict[str, torch.Tensor] | None = None) -> Any:
+    """Weights cut up as a distributed checkpoint can hold them; given `like`, cut up as those again."""
+    from transformers.distributed.checkpoint import _redistribute_state_dict
+
+    return _redistribute_state_dict(state, like)
 
 
 class ReadyRows:

@@ -114,12 +114,17 @@ class CheckpointMixin:
             )
         if self._auto_class is None:
             drop_local_code(self.config)
-        if stacks_experts(self.config):
-            rules = getattr(self, "_weight_conversions", None) or []
-            self._weight_conversions = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        keep_stacks(self)
         if self.config.num_nextn_predict_layers and not is_adapted:
             state_dict = with_mtp_copies(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def keep_stacks(model) -> None:
+    """Lets a model whose family stacks experts in its files be saved so."""
+    if stacks_experts(model.config):
+        rules = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [rule for rule in rules if isinstance(rule, WeightRenaming)]
 
 
 def is_text_rule(rule) -> bool:

@@ -26,6 +26,7 @@ _ELSEWHERE = {
     "FORMATS": "../conversion.md",
     "DeepseekMoeConfig": "config.md",
     "EsftOptions": "recipe-keys.md#esft",
+    "ParallelOptions": "recipe-keys.md#parallel",
     "Recipe": "recipe-keys.md",
 }
 # Page -> title, module, and its members that are for users, if not all that have docstrings.

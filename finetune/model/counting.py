@@ -9,6 +9,8 @@ from modeling_deepseek_moe import DeepseekMoeModel
 from modeling_deepseek_moe.moe import DeepseekMoeBlock
 from modeling_deepseek_moe.router import DeepseekMoeRouter
 
+from .spread import ranks_of_a_row
+
 
 def blocks_of(model: nn.Module) -> dict[int, DeepseekMoeBlock]:
     """MoE blocks by layer index."""
@@ -59,7 +61,7 @@ class LoadCounter:
         # A router whose weight lies on disk computes where tokens are read.
         device = base.embed_tokens.weight.device if router.weight.is_meta else router.weight.device
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._base = base
+        self._base, self._copies = base, ranks_of_a_row(base)
         base.expert_counts.append(self._counts)
 
     def take(self, training: bool = True) -> torch.Tensor:
@@ -72,6 +74,7 @@ class LoadCounter:
         self.drop(training)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(taken)
+            taken //= self._copies  # processes of tensor parallelism count the same tokens
         return taken
 
     def drop(self, training: bool = True) -> None:

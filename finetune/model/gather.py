@@ -1,6 +1,7 @@
 """Weights that lie in parts in several processes (FSDP, ZeRO-3), brought together to be saved."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import PartialState
@@ -53,14 +54,30 @@ def gathered(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not wanted(name):
             continue
-        with gather_params_ctx(tensor, modifier_rank=None):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            if tuple(whole.shape) != shape or not whole.numel():
-                raise UserError(
-                    f"{name} is not saved: of {list(shape)} only {list(whole.shape)} is here, under a layout that "
-                    "runs do not know; what was trained is in the last checkpoint"
-                )
+        with whole(name, tensor) as values:
             if keeps:
-                state[name] = whole.detach().to("cpu", copy=True)
+                state[name] = values.detach().to("cpu", copy=True)
     return state
+
+
+@contextlib.contextmanager
+def whole(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """All values of one entry of a model's `state_dict`, in every process; every process calls it.
+
+    Raises:
+        UserError: a part of it is nowhere.
+    """
+    with gather_params_ctx(tensor, modifier_rank=None):
+        values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        shape = shape_of(tensor)
+        if tuple(values.shape) != shape or not values.numel():
+            raise UserError(
+                f"{name} is not saved: of {list(shape)} only {list(values.shape)} is here, under a layout that runs "
+                "do not know; what was trained is in the last checkpoint"
+            )
+        yield values
+
+
+def shape_of(weight: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a weight of which this process may hold a part."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_deepseek_moe import DeepseekMoeForCausalLM
+from modeling_deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 
 from ..errors import RecipeError, UserError, first_line, raised_by
 from ..files import says_full
@@ -19,6 +19,7 @@ from .checks import check_configs, check_finite
 from .chosen_experts import is_specialized
 from .lora import known_warnings, lora_config
 from .quantization import quantization_options
+from .spread import spread_options
 from .tokenizer import check_tokenizer, load_tokenizer
 
 
@@ -43,16 +44,18 @@ def load(recipe: Recipe, **placing: Any) -> tuple[PreTrainedModel, PreTrainedTok
     if not is_here:  # a Hub that is not reached is waited for once
         check_configs(recipe.model)
     try:
+        options = spread_options(recipe, DeepseekMoeConfig.from_pretrained(recipe.model)) if recipe.parallel else {}
         model = DeepseekMoeForCausalLM.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
             text_only=recipe.text_only,
             **{key: value for key, value in choices.items() if value},
             **quantization_options(recipe),
+            **options,
             **recipe.losses,
             **placing,
         )
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except (torch.OutOfMemoryError, torch.AcceleratorError, RecipeError):
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         if says_full(error):
@@ -60,7 +63,7 @@ def load(recipe: Recipe, **placing: Any) -> tuple[PreTrainedModel, PreTrainedTok
         raise UserError(f"cannot load model {recipe.model!r}: {first_line(error)}") from error
     check_tokenizer(tokenizer, model.config.vocab_size, recipe.model)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    check_finite(((name, tensor) for name, tensor in tensors if not tensor.is_meta), f"model {recipe.model!r}")
+    check_finite(tensors, f"model {recipe.model!r}")
     return model, tokenizer
 
 

@@ -27,6 +27,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_lora(recipe)
     check_quantization(recipe)
     check_layout(recipe)
+    check_parallel(recipe)
+    check_batch(recipe)
     if recipe.merge and not (recipe.lora or recipe.esft):
         raise RecipeError(
             "`merge` is true but there are no adapters to merge: set `lora.targets` or an `esft` key, or merge: false"
@@ -109,6 +111,65 @@ def check_layout(recipe: Recipe) -> None:
             f"false, and merge afterwards with `deepseek-moe convert {recipe.model} TARGET --to bf16 --adapter "
             "ADAPTER`"
         )
+
+
+# Whose steps are right on weights of which a process has a part.
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def check_parallel(recipe: Recipe) -> None:
+    """Raise a RecipeError for keys that do not go with `parallel`; `model/spread.py` checks its numbers."""
+    if not recipe.parallel:
+        return
+    if key := sharded_by(recipe):
+        raise RecipeError(f"`parallel` and `training.{key}` are two ways to spread a model over processes: remove one")
+    apart = {
+        "quantization": "weights in four bits are not cut up: set `quantization: null`, and they are spread as they "
+        "are; or remove `parallel`, and every GPU holds the four-bit weights and shares the batch",
+        "esft": "the parts of stacks that it trains are not spread: remove `parallel`, and the processes share the "
+        "batch",
+        "dpo": "TRL was not tried on a model that is read in parts: set `training.fsdp: true` instead",
+    }
+    for name, way_out in apart.items():
+        if getattr(recipe, name):
+            raise RecipeError(f"`{name}` does not go with `parallel`; {way_out}")
+    if recipe.merge:
+        raise RecipeError(
+            "`merge` is true, but with `parallel` no process holds the weights to merge into: set merge: false, and "
+            f"merge afterwards with `deepseek-moe convert {recipe.model} TARGET --to bf16 --adapter ADAPTER`"
+        )
+    if (tp := recipe.parallel.get("tp", 1)) > 1:
+        if recipe.lora:
+            raise RecipeError(
+                f"`parallel.tp` is {tp}, under which PEFT's adapters are wrong: give these processes to "
+                "`parallel.shard` and `parallel.ep`, or train all weights"
+            )
+        if recipe.streaming:
+            raise RecipeError(
+                f"`streaming` does not go with `parallel.tp: {tp}`: use `parallel.shard` and `parallel.ep`"
+            )
+    if recipe.training.get("fp16"):
+        raise RecipeError(
+            "`training.fp16` does not go with `parallel`, whose processes would each scale the loss by what they see "
+            "alone: set `training.bf16: true`"
+        )
+    if (optimizer := recipe.training.get("optim", _OPTIMIZERS[0])) not in _OPTIMIZERS:
+        raise RecipeError(
+            f"`training.optim` is {optimizer!r}, which was not tried on weights in parts: with `parallel` choose one "
+            f"of {', '.join(_OPTIMIZERS)}"
+        )
+
+
+def check_batch(recipe: Recipe) -> None:
+    """Raise a RecipeError for keys that contradict `global_batch_size`."""
+    if recipe.global_batch_size is None:
+        return
+    for key in ("gradient_accumulation_steps", "auto_find_batch_size"):
+        if value := recipe.training.get(key):
+            raise RecipeError(
+                f"`global_batch_size` and `training.{key}: {value}` both decide how many rows a step has: remove one "
+                f"(`training.{key}=null` on the command line)"
+            )
 
 
 def check_quantization(recipe: Recipe) -> None:

@@ -1,6 +1,6 @@
 """Every key that a recipe can have, with its type, its default and a line about it: what `deepseek-moe keys` shows.
 
-Nothing is said twice: all is read from the classes whose fields the keys are, `Recipe` and `EsftOptions` here,
+Nothing is said twice: all is read from the classes whose fields the keys are, those of the package here,
 `TrainingArguments`, `LoraConfig` and `DPOConfig` elsewhere. Their sources are read and not run, because importing
 these libraries takes seconds, and help should not.
 """
@@ -21,6 +21,7 @@ _HERE = "modeling_deepseek_moe.finetune.recipe"
 SOURCES = {
     "": (_HERE, "schema.py", "Recipe"),
     "esft": (_HERE, "schema.py", "EsftOptions"),
+    "parallel": (_HERE, "schema.py", "ParallelOptions"),
     "lora": ("peft", "tuners/lora/config.py", "LoraConfig"),
     "training": ("transformers", "training_args.py", "TrainingArguments"),
     "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
@@ -50,7 +51,7 @@ def recipe_keys() -> tuple[Key, ...]:
     """All keys, the package's own first; those of a library that is not installed are left out."""
     keys = [key for key in _keys_of("") if key.name not in SECTIONS]
     keys += [Key(f"losses.{name}", kind, "the model's own", line) for name, (kind, line) in LOSSES.items()]
-    keys += _keys_of("esft")
+    keys += [*_keys_of("esft"), *_keys_of("parallel")]
     keys.append(Key("lora.targets", "list[str]", "[], for none", _TARGETS))
     for section in ("lora", "training", "dpo"):
         keys += _keys_of(section)

@@ -37,6 +37,8 @@ class Recipe:
             `evaluate`, or a Hub name; None for not.
         metric_rows: the most held-out rows that the metric judges.
         seed: what everything random is drawn from.
+        global_batch_size: rows of one optimizer step in all processes together, from which the steps of gradient
+            accumulation follow; None for what `training.*` comes to.
         merge: also save the model with the adapters merged into its weights.
         overwrite: empty an `output_dir` that holds another run.
         hub_id, hub_private: push the result to this Hub repository.
@@ -44,6 +46,8 @@ class Recipe:
             from the model's own: `aux_loss_alpha`, `mtp_loss_weight` and others (`DeepseekMoeConfig` explains them).
         lora: `targets` (words) and options of `peft.LoraConfig`; empty for full fine-tuning.
         esft: train only the experts that serve the data most (`EsftOptions`); empty for not.
+        parallel: spread the model over processes by transformers' `DistributedConfig` (`ParallelOptions`); empty for
+            not.
         dpo: learn from preferences (`prompt`, `chosen`, `rejected`): options of `trl.DPOConfig`; empty for not.
         training: options of `transformers.TrainingArguments`.
     """
@@ -73,6 +77,7 @@ class Recipe:
     metric: str | None = None
     metric_rows: int = 200
     seed: int = 42
+    global_batch_size: int | None = None
     merge: bool = False
     overwrite: bool = False
     hub_id: str | None = None
@@ -80,6 +85,7 @@ class Recipe:
     losses: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     esft: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -112,3 +118,21 @@ class EsftOptions:
     def share(self) -> float:
         """`top_p`, or the paper's for this score."""
         return PAPERS_TOP_P[self.score] if self.top_p is None else self.top_p
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the processes of a run share a model that is read in parts; `shard x replicate x tp` are all of them.
+
+    Attributes:
+        shard: processes that cut up every weight among them (FSDP), each with rows of its own; auto for as many as
+            there are.
+        replicate: copies of the model that is cut up so, each with rows of its own (HSDP).
+        ep: processes that have different routed experts (expert parallelism); of those of `shard` and `tp`.
+        tp: processes that compute every product together on the same rows (tensor parallelism).
+    """
+
+    shard: Literal["auto"] | int = "auto"
+    replicate: int = 1
+    ep: int = 1
+    tp: int = 1

@@ -8,9 +8,9 @@ from typing import Any
 from modeling_deepseek_moe.distribution import install
 
 from ..errors import RecipeError
-from .schema import EsftOptions
+from .schema import EsftOptions, ParallelOptions
 
-SECTIONS = ("lora", "esft", "dpo", "losses", "training")
+SECTIONS = ("lora", "esft", "parallel", "dpo", "losses", "training")
 # Fields of `DeepseekMoeConfig` that only training reads: type, and a line about each.
 LOSSES = {
     "aux_loss_alpha": ("float", "Weight of the expert-level balance loss; 0 for none."),
@@ -68,6 +68,7 @@ OWN_INSTEAD = {
 }
 # `TrainingArguments` take more than they say (`fsdp: true`), or an object that a mapping of its fields makes.
 _AS_IN_YAML = {"fsdp": bool | str | None, "parallelism_config": dict | None}
+_AS_IN_YAML |= {"gradient_accumulation_steps": int | None}  # a shipped recipe's goes where `global_batch_size` comes
 # Fields of `LoraConfig` that the targets decide, or the method.
 _NOT_OF_LORA = {"target_modules", "target_parameters", "task_type", "peft_type"}
 # Fields of `DPOConfig` that this package decides itself, or that have no effect here.
@@ -92,7 +93,8 @@ def is_key(section: str, name: str) -> bool:
 
 def section_hints(used: Collection[str]) -> dict[str, dict[str, Any]]:
     """Section -> key -> type. Sections whose library is slow to import are read only where `used` names them."""
-    hints = {"lora": _lora_hints(), "esft": typing.get_type_hints(EsftOptions), "losses": _losses_hints()}
+    hints = {"lora": _lora_hints(), "losses": _losses_hints()}
+    hints |= {"esft": typing.get_type_hints(EsftOptions), "parallel": typing.get_type_hints(ParallelOptions)}
     return hints | {"dpo": _dpo_hints() if "dpo" in used else {}, "training": _training_hints()}
 
 

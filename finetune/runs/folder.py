@@ -45,8 +45,10 @@ _OURS = re.compile(
     r"recipe\.yaml|data|checkpoint-\d+|adapter|model|loss\.png|experts\.(?:png|json)|.+\.aside|"
     r"(?:data|data_report|before|metric_before|expert_cfg|expert_scores|bad_batch(?:-\d+)?|summary|trainer_state)\.json"
 )
-MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows"}
-_OF_PUBLISHING = {"output_dir", "overwrite", "hub_id", "hub_private"}
+MAY_CHANGE = {"output_dir", "overwrite", "hub_id", "hub_private", "merge", "metric", "metric_rows", "parallel"}
+_NOT_IN_RESULTS = {"output_dir", "overwrite", "hub_id", "hub_private", "parallel"}
+# With `global_batch_size`: how its rows are dealt out changes nothing but the order of sums.
+_OF_DEALING = ("per_device_train_batch_size", "per_device_eval_batch_size")
 _ROWS = ("data", "eval_data")
 
 
@@ -255,7 +257,10 @@ def _difference(folder: Path, recipe: Recipe, marks: dict[str, str]) -> str:
         return f"its {RUN_RECIPE} cannot be read: {error}"
     for item in dataclasses.fields(Recipe):
         here, there = getattr(recipe, item.name), getattr(theirs, item.name)
-        if item.name not in MAY_CHANGE and here != there:
+        if item.name == "training" and recipe.global_batch_size:
+            here, there = ({key: each[key] for key in each if key not in _OF_DEALING} for each in (here, there))
+        is_other = item.name == "parallel" and bool(here) != bool(there)  # its checkpoints are of another kind
+        if is_other or (item.name not in MAY_CHANGE and here != there):
             return _difference_of(item.name, here, there)
     try:
         known = read_kept(folder / DATA_MARKS)
@@ -291,7 +296,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 def _is_finished(folder: Path, recipe: Recipe, marks: dict[str, str], summary: dict[str, Any] | None) -> bool:
     """Whether everything that the recipe asks for is there, but for publishing."""
     theirs, known = load_recipe(folder / RUN_RECIPE), read_kept(folder / DATA_MARKS)
-    asked = MAY_CHANGE - _OF_PUBLISHING
+    asked = MAY_CHANGE - _NOT_IN_RESULTS
     if summary is None or marks.get("metric") != known.get("metric"):
         return False
     if any(getattr(recipe, name) != getattr(theirs, name) for name in asked):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..model.spread import ranks_of_a_row
+
 
 class TokenLossMixin:
     """Makes a Trainer's `eval_loss` the mean over all tokens with a target; comes before the Trainer among the bases.
@@ -43,7 +45,7 @@ class TokenLossMixin:
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
-        return min(rows, max(0, state.remainder - self.args.process_index * rows))
+        return min(rows, max(0, state.remainder - self.args.process_index // ranks_of_a_row(self.model) * rows))
 
 
 class MeasureFirst(TrainerCallback):

@@ -36,6 +36,7 @@ from ..model.balance import BalanceExperts, KeepRouterBiases
 from ..model.gather import gather_experts_as_one
 from ..model.load import add_adapters, load
 from ..model.quantization import leave_out_of_ddp
+from ..model.spread import accumulation_steps
 from ..plan.disk import check_room, checkpoint_bytes, is_full
 from ..recipe.schema import Recipe
 from ..recipe.sections import DEFAULTS
@@ -217,6 +218,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, folder: Path, stop: St
                 data_collator=Collator(tokenizer),
                 processing_class=tokenizer,
                 callbacks=callbacks,
+                is_spread=bool(recipe.parallel),
             )
     except ValueError as error:
         if not raised_by(error, "transformers", "trl", "accelerate"):
@@ -264,6 +266,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given["accelerator_config"] = {"dispatch_batches": False}  # batches of unlike shapes cannot be dispatched
     # A copy, for some of these objects are filled up.
     given |= {"output_dir": recipe.output_dir, "seed": recipe.seed, **copy.deepcopy(recipe.training)}
+    if (steps := accumulation_steps(recipe)) is None:
+        given.pop("gradient_accumulation_steps", None)
+    else:
+        given["gradient_accumulation_steps"] = steps
     try:
         if sizes := given.get("parallelism_config"):
             given["parallelism_config"] = ParallelismConfig(**sizes)

@@ -1,9 +1,11 @@
 """What a run leaves: the trained weights."""
 
+import contextlib
 import os
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import replaced
 from ..model.chosen_experts import is_specialized, release
@@ -11,6 +13,7 @@ from ..model.esft_adapter import save_esft_adapter
 from ..model.gather import gathered, is_cut
 from ..model.load import trains_adapter
 from ..model.lora import save_adapters
+from ..model.shards import save_in_shards
 from ..recipe.schema import Recipe
 from .trainer import RunTrainerMixin
 
@@ -28,7 +31,9 @@ def save(
     saved: dict[str, str | None] = {"saved_adapter": None, "saved_model": None}
     has_lora = trains_adapter(model) and not is_specialized(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = gathered(model, trained.__contains__) if has_lora else gathered(model) if is_cut(model) else None
+    if not trains_adapter(model) and is_cut(model):
+        return saved | save_spread_model(trainer, tokenizer, model, folder / "model")
+    weights = gathered(model, trained.__contains__) if has_lora else None
     if not trainer.is_world_process_zero():
         return {}
     if trains_adapter(model):
@@ -41,9 +46,24 @@ def save(
         saved["saved_adapter"] = os.fspath(folder / "adapter")
         if not recipe.merge:
             return saved
-        model, weights = release(model) if is_specialized(model) else model.merge_and_unload(), None
+        model = release(model) if is_specialized(model) else model.merge_and_unload()
     with replaced(folder / "model") as path:
-        model.save_pretrained(path, state_dict=weights)
+        model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     saved["saved_model"] = os.fspath(folder / "model")
     return saved
+
+
+def save_spread_model(
+    trainer: RunTrainerMixin, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path
+) -> dict[str, str]:
+    """`model/` of weights that lie in parts in all processes, which write it together."""
+    with contextlib.ExitStack() as stack:
+        path: list[Path | None] = [None]
+        if trainer.is_world_process_zero():
+            path = [stack.enter_context(replaced(folder))]
+        torch.distributed.broadcast_object_list(path)
+        save_in_shards(model, path[0])
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(path[0])
+    return {"saved_model": os.fspath(folder)}

@@ -7,12 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from modeling_deepseek_moe.checkpoint_layout import is_redundant
 from modeling_deepseek_moe.experts import STACKED_PROJECTIONS, DeepseekMoeExperts
@@ -22,12 +23,14 @@ from ..errors import UserError
 from ..files import write_text
 from ..model.chosen_experts import is_specialized, trained_state
 from ..model.lora import factors_taken_from_base
+from ..model.spread import ranks_of_a_row
 from ..runs.checkpoints import last_checkpoint
 from ..runs.seals import COMPLETE, damage
 from .held_out import TokenLossMixin
 from .unlogged import KeepUnlogged
 
 BAD_BATCH = "bad_batch{}.json"
+_SCHEDULE = "scheduler.pt"  # as Trainer calls it
 
 
 class RunTrainerMixin(TrainerSeams):
@@ -38,11 +41,23 @@ class RunTrainerMixin(TrainerSeams):
             last good step; the message names the step, the file with the batch, and the last checkpoint.
     """
 
-    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback] | None = None,
+        is_spread: bool = False,
+        **kwargs: Any,
+    ):
         self.step_times = StepTimes()
         # First what writes to checkpoints, for the last of the others seals them.
         callbacks = [KeepUnlogged(self), *(callbacks or []), self.step_times]
-        super().__init__(*args, callbacks=callbacks, **kwargs)
+        self.is_spread = is_spread
+        saves_only_model = args.save_only_model
+        # Trainer writes no whole checkpoints of a model that was read in parts, and refuses to be asked.
+        args.save_only_model = saves_only_model or is_spread
+        super().__init__(args=args, callbacks=callbacks, **kwargs)
+        args.save_only_model = saves_only_model
         self._batch: dict[str, Any] = {}
         self.initial_factors = factors_taken_from_base(self.model)
 
@@ -60,6 +75,11 @@ class RunTrainerMixin(TrainerSeams):
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state
+        # Which the main process wrote of itself.
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
         # What belongs to the weights, and what the end of training writes, is the callbacks'.
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -97,6 +117,29 @@ class RunTrainerMixin(TrainerSeams):
         if self.args.should_save and (problem := damage(checkpoint)):
             raise UserError(f"the best checkpoint {checkpoint} is damaged: {problem}; put back what it was")
 
+    def write_weights(self, checkpoint: Path) -> None:
+        spread_state().save_weights(self.model, checkpoint, self.rows_of_a_step)
+
+    def read_weights(self, checkpoint: Path) -> None:
+        spread_state().load_weights(self.model, checkpoint)
+
+    def write_moments(self, checkpoint: Path) -> None:
+        spread_state().save_moments(self.model, self.optimizer.optimizer, checkpoint)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), checkpoint / _SCHEDULE)
+
+    def read_moments(self, checkpoint: Path) -> None:
+        spread_state().check_rows(checkpoint, self.rows_of_a_step)
+        optimizer = self.optimizer.optimizer  # which accelerate wraps
+        spread_state().load_moments(self.model, optimizer, checkpoint)
+        spread_state().load_schedule(self.lr_scheduler, optimizer, checkpoint / _SCHEDULE)
+
+    @property
+    def rows_of_a_step(self) -> int:
+        """How many rows all processes together read for one step of the optimizer."""
+        readers = self.args.world_size // ranks_of_a_row(self.model)
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * readers
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -132,6 +175,13 @@ class RunTrainerMixin(TrainerSeams):
         rows = [] if rows is None else rows.tolist()
         texts = self.processing_class.batch_decode(rows) if self.processing_class is not None else []
         return {"step": self.state.global_step + 1, "texts": texts, "input_ids": rows}
+
+
+def spread_state() -> ModuleType:
+    """The module of that name, which needs a transformers that can spread models."""
+    from ..model import spread_state
+
+    return spread_state
 
 
 class FineTuner(RunTrainerMixin, TokenLossMixin, Trainer):

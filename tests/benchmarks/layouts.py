@@ -28,6 +28,7 @@ LAYOUTS = {
     "DDP 2": (2, {}),
     "FSDP2 2": (2, {"training.fsdp": True}),
     "ZeRO-3 2": (2, {"training.deepspeed": ZERO}),
+    "EP2 x FSDP2 2": (2, {"parallel.ep": 2}),
 }
 # 18 rows, of which a global batch has 6: accelerate would fill up a last one, for each process to have a part of it.
 # Texts are more, since they are packed.

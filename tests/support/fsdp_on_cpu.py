@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -20,3 +21,8 @@ def take_fsdp_on_cpu(patch: pytest.MonkeyPatch) -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     patch.setattr(AcceleratorState, "__init__", sharding)
+
+
+def take_tp_on_cpu(patch: pytest.MonkeyPatch) -> None:
+    """Lets accelerate deal rows out to the groups of tensor parallelism over gloo, which it refuses on CPUs alone."""
+    patch.setattr(ParallelismConfig, "_validate_accelerator", lambda self, accelerator: None)

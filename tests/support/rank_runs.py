@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from fsdp_on_cpu import take_fsdp_on_cpu
+from fsdp_on_cpu import take_fsdp_on_cpu, take_tp_on_cpu
 from places import SUPPORT
 from tiny_run import stopped_at
 
@@ -71,6 +71,8 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if values.get("training.fsdp") and not job.get("is_left_to_accelerate"):
             take_fsdp_on_cpu(patch)
+        if values.get("parallel.tp", 1) > 1 and not job.get("is_left_to_accelerate"):
+            take_tp_on_cpu(patch)
         if "spoilt" in job:
             spoil(patch, job["spoilt"])
         try:

@@ -8,8 +8,10 @@ imported everything and computed nothing. What a job compares, each process comp
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import torch.multiprocessing
 from peft import LoraConfig, PeftModel, get_peft_model
 from places import SUPPORT
+from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DistributedConfig, Trainer, TrainingArguments
@@ -26,6 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from modeling_deepseek_moe.expert_lora import load_adapter, register_expert_lora
 from modeling_deepseek_moe.finetune.model.lora import lora_config
 from modeling_deepseek_moe.finetune.model.resume import SaveSharded
+from modeling_deepseek_moe.finetune.model.shards import save_in_shards
 from modeling_deepseek_moe.kernels.sorted import rows as rows_of_experts
 from modeling_deepseek_moe.parallel_adapters import average_copies, save_adapter
 
@@ -258,6 +262,48 @@ def average_gradients(model):
         if p.requires_grad:
             distributed.all_reduce(p.grad, op=distributed.ReduceOp.AVG)
     return model
+
+
+def shards(job: Job, folder: Path) -> list[tuple[int, int]]:
+    """Saves the model in files of `largest` bytes; the process and the bytes of each."""
+    written = []
+
+    def noted(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        written.append((distributed.get_rank(), sum(tensor.nbytes for tensor in tensors.values())))
+        save_file(tensors, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_deepseek_moe.finetune.model.shards.save_file", noted)
+        save_in_shards(spread(job), folder / "model", job["largest"])
+    found: list[Any] = [None] * job["ranks"]
+    distributed.all_gather_object(found, written)
+    return sum(found, [])
+
+
+def loading(job: Job, folder: Path) -> list[int]:
+    """The most memory of its own, in bytes, that each process had more while it loaded the model."""
+    before = own_memory()
+    peak, is_over = [0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.001):
+            peak[0] = max(peak[0], own_memory() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = spread(job)
+    is_over.set()
+    thread.join()
+    assert model.is_distributed_loading_by_transformers
+    found: list[Any] = [None] * job["ranks"]
+    distributed.all_gather_object(found, peak[0])
+    return found
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
 
 def one_of(rank: int, folder: Path, ranks: int) -> None:

@@ -74,10 +74,15 @@ def launch(recipe: Path) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("layout", [{}, {"parallel.ep": 2}], ids=["copies", "experts apart"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_takes_the_run_down_with_a_line_that_names_it_and_the_run_goes_on(tmp_path, base, rank):
+def test_a_killed_process_takes_the_run_down_with_a_line_that_names_it_and_the_run_goes_on(
+    tmp_path, base, rank, layout
+):
     lora = {"lora.targets": ["attention"], "lora.lora_dropout": 0.2}
-    options = {**HALF, **lora, "training.max_steps": 300, "training.save_steps": 50, "training.save_total_limit": 2}
+    every = 10 if layout else 50
+    options = {**HALF, **lora, **layout, "training.max_steps": 6 * every, "training.save_steps": every}
+    options |= {"training.save_total_limit": 2}
     values = tiny_values(tmp_path, base, **options)
     recipes = {}
     for name in ("run", "at_once"):
@@ -87,7 +92,7 @@ def test_a_killed_process_takes_the_run_down_with_a_line_that_names_it_and_the_r
     with launch(recipes["run"]) as launcher:
         for line in launcher.stdout:
             output.append(line)
-            if not processes and (tmp_path / "run" / "checkpoint-50" / "complete").is_file():
+            if not processes and (tmp_path / "run" / f"checkpoint-{every}" / "complete").is_file():
                 processes = psutil.Process(launcher.pid).children(recursive=True)
                 victim = next(each for each in processes if each.environ().get("RANK") == str(rank))
                 victim.send_signal(signal.SIGKILL)
