@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from .cpu_rules import A_ROW_AS_IT_IS, HALF, THROUGH_FLOAT32, holds
 from .large_tensors import empty
 
-# Numbers of a tile, of an operand or of the result: 2 MiB in float32. From half to
-# twice of it take the same time, and the whole a third more (24 rows, 2816 x 2048, AMD EPYC with AVX2).
+# Numbers of a tile, of an operand or of the result: 2 MiB in float32. Half and twice of it take the same time, and the
+# whole a third more (24 rows, 2816 x 2048, AMD EPYC with AVX2).
 _TILE = 2**19
 _FEW_ROWS = 3
 _PLAIN = (torch.Tensor, nn.Parameter)
