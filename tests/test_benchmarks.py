@@ -341,7 +341,8 @@ def test_another_models_sizes_are_measured_beside_and_against_its_own_class_with
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["sections"]["decode"]
     assert found["environment"]["size"] == "tiny-glm"
-    assert all(row["agreement"]["difference"] <= row["agreement"]["bound"] for row in found["rows"])
+    stated = [row["agreement"] for row in found["rows"] if "agreement" in row]
+    assert stated and all(each["difference"] <= each["bound"] for each in stated)
     assert all(row["goal"] is None and row["reached"] is None for row in found["rows"])
 
 
