@@ -164,8 +164,10 @@ EXPORTED = (
     Borrowed("accelerate.hooks", "._hf_hook", "where an offloaded weight computes"),
     Borrowed("torch.nn.modules.module", "_has_any_global_hook", "a linear layer with hooks is called"),
     Borrowed("torch.nn.modules.module", "._compiled_call_impl", "a compiled linear layer is called"),
-    Borrowed("torch.cpu", "_is_amx_tile_supported", "whether few rows are faster as a matrix of their own"),
-    Borrowed("torch.cpu", "_is_avx512_bf16_supported", "whether few rows are faster as a matrix of their own"),
+    Borrowed("torch.cpu", "_is_amx_tile_supported", "which rules hold for products on this CPU"),
+    Borrowed("torch.cpu", "_is_avx512_bf16_supported", "which rules hold for products on this CPU"),
+    Borrowed("torch", "ops.mkldnn._is_mkldnn_bf16_supported", "whether bfloat16 goes through float32"),
+    Borrowed("torch", "ops.mkldnn._is_mkldnn_fp16_supported", "whether float16 goes through float32"),
     Borrowed("torch.nn.modules.module", "._is_replica", "nn.DataParallel loses counts and attached losses"),
     Borrowed(
         "torch.nn.parallel", "DistributedDataParallel._get_active_ddp_module", "idle weights take part under DDP only"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .linear import is_plain
+from .linear import call_linear, is_plain
 
 # Rows of the input on which a matrix is compared with what the layer itself makes of them, and the largest difference
 # relative to that: a layer may round its activations, to FP8 (3 %) or eight bits (1 %).
@@ -115,7 +115,7 @@ def _by_unit_vectors(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor | N
     unit_vectors = torch.eye(width, dtype=inputs.dtype, device=inputs.device) * scale
     if torch.compiler.is_compiling():
         return layer(unit_vectors).T / scale
-    images, expected = layer(torch.cat((unit_vectors, rows))).tensor_split([width])
+    images, expected = call_linear(layer, torch.cat((unit_vectors, rows))).tensor_split([width])
     matrix = (images.T / scale).to(inputs.dtype)
     found, expected = (rows @ matrix.T).float(), expected.float()
     return matrix if (found - expected).norm() <= _BOUND * expected.norm() else None

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from .cpu_rules import FEW_SIZES, holds
+from .half_products import product
+
 _BLOCK = 32  # tokens
 
 
@@ -46,7 +49,7 @@ def mix_latents(weights: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 def _score(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     missing = _missing_tokens(tokens)
     if not missing:
-        return (tokens @ rows.mT).mT
+        return product(tokens, rows.mT).mT
     blocks, rest = tokens.split([len(tokens) + missing - _BLOCK, _BLOCK - missing])
     of_rest = F.pad(rest, (0, 0, 0, missing)) @ rows.mT
     return torch.cat((blocks @ rows.mT, of_rest[: len(rest)])).mT
@@ -55,7 +58,7 @@ def _score(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _mix(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     missing = _missing_tokens(tokens)
     if not missing:
-        return rows @ tokens
+        return product(rows, tokens)
     sizes = [len(tokens) + missing - _BLOCK, _BLOCK - missing]
     (blocks, rest), (of_blocks, of_rest) = tokens.split(sizes), rows.split(sizes, dim=-1)
     mixed_rest = F.pad(of_rest, (0, missing)) @ F.pad(rest, (0, 0, 0, missing))
@@ -65,11 +68,9 @@ def _mix(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _missing_tokens(tokens: torch.Tensor) -> int:
     """How many are missing in the last block, 0 where blocks are of no use.
 
-    oneDNN, which multiplies the half-precision dtypes on CPU, prepares itself anew for every size and stride that it
-    has not seen: at 8k tokens that takes three times as long as the products of a layer, and decoding makes the cache
-    longer at every token. Whole blocks and a filled last one change their size once a block.
+    Decoding makes the cache longer at every token: whole blocks and a filled last one change their size once a block.
     """
-    is_prepared = tokens.itemsize == 2 and not torch.compiler.is_compiling()
+    is_prepared = not torch.compiler.is_compiling() and holds(FEW_SIZES, tokens.dtype)
     return -len(tokens) % _BLOCK if is_prepared else 0
 
 

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 from .absorbed_matrix import forget_matrices, matrix_of
 from .absorption import absorbed_is_cheaper, mix_latents, score_latents, visible_keys
+from .half_products import goes_through_float32, wide_dtype
 from .indexer import DeepseekMoeIndexer
 from .latent_cache import update_latents
 from .linear import call_linear
@@ -121,7 +122,7 @@ class DeepseekMoeLatentAttention(nn.Module):
     def expanded(self, q_nope, q_rope, cached, attention_mask, **kwargs):
         """Keys and values per head, through the attention implementation the config names."""
         latent, k_rope = cached.split([self.kv_lora_rank, self.head_widths[1]], dim=-1)
-        up = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, sum(self.up_widths))).transpose(1, 2)
+        up = call_linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (-1, sum(self.up_widths))).transpose(1, 2)
         k_nope, values = up.split(self.up_widths, dim=-1)
         keys = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
@@ -129,7 +130,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         missing = keys.shape[-1] - values.shape[-1]
         # The fused CPU kernel of scaled_dot_product_attention wants values as wide as keys.
         pads = implementation == "sdpa" and keys.device.type == "cpu" and missing > 0
-        output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)(
+        output, weights = attend(
             self,
             queries,
             keys,
@@ -148,7 +149,9 @@ class DeepseekMoeLatentAttention(nn.Module):
         """
         up_hwr = up_weight.unflatten(0, (-1, sum(self.up_widths)))
         key_up_hnr, value_up_hvr = up_hwr.split(self.up_widths, dim=1)
-        queries = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, key_up_hnr), q_rope), dim=-1)
+        dtype, wide = q_nope.dtype, wide_dtype(q_nope)
+        latent_queries = torch.einsum("bhtn,hnr->bhtr", q_nope.to(wide), key_up_hnr.to(wide)).to(dtype)
+        queries = torch.cat((latent_queries, q_rope), dim=-1)
         implementation = self.config._attn_implementation
         mask = self.visible_keys(attention_mask, queries.shape[2], cached)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -159,7 +162,7 @@ class DeepseekMoeLatentAttention(nn.Module):
         if mixed_latent is None:
             mixed_latent, weights = self.attend_latents(queries, cached.squeeze(1), mask)
         # The large operand first, as it lies in memory: einsum would copy it transposed.
-        values = value_up_hvr @ mixed_latent.permute(1, 3, 0, 2).flatten(2)
+        values = (value_up_hvr.to(wide) @ mixed_latent.permute(1, 3, 0, 2).flatten(2).to(wide)).to(dtype)
         return values.unflatten(-1, (len(mixed_latent), -1)).permute(2, 3, 0, 1).contiguous(), weights
 
     def visible_keys(self, attention_mask, query_length: int, cached: torch.Tensor) -> torch.Tensor | None:
@@ -179,6 +182,19 @@ class DeepseekMoeLatentAttention(nn.Module):
         weights = F.dropout(weights, self.config.attention_dropout, self.training)
         mixed_latent = mix_latents(weights.flatten(1, 2), cached[..., : self.kv_lora_rank])
         return mixed_latent.unflatten(1, queries.shape[1:3]), weights
+
+
+def attend(module: nn.Module, queries, keys, values, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the attention implementation that the config names makes of them: output `[B, T, h, v]` and weights."""
+    implementation = module.config._attn_implementation
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if implementation not in ("eager", "sdpa") or not goes_through_float32(queries):
+        return interface(module, queries, keys, values, mask, **kwargs)
+    dtype, tensors = queries.dtype, [tensor.float() for tensor in (queries, keys, values)]
+    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    with torch.autocast("cpu", enabled=False):
+        output, weights = interface(module, *tensors, mask, **kwargs)
+    return output.to(dtype), weights if weights is None else weights.to(dtype)
 
 
 def chosen_only(chosen: torch.Tensor, mask: torch.Tensor | None, implementation: str, dtype: torch.dtype):
@@ -246,7 +262,6 @@ class DeepseekMoeAttention(nn.Module):
         cache = one_cache(past_key_values, cache)
         if cache is not None:
             keys, values = update_cache(cache, keys, values, self.layer_idx, kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             queries,

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .half_products import linear
 
 
 @dataclass
@@ -59,7 +60,7 @@ def defer_logits(hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch
                 "read them before the optimizer's step, or set config.loss_chunk_bytes=0 to have them always"
             )
         with torch.autocast(device, **autocast), torch.set_grad_enabled(grad_enabled):
-            return nn.functional.linear(hidden_states, weight)
+            return linear(hidden_states, weight)
 
     return DeferredLogits(compute, dtype)
 

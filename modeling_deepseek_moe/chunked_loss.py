@@ -22,6 +22,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .causal_lm_output import DeferredLogits, defer_logits
+from .half_products import linear, product, product_dtype
 from .large_tensors import empty_like
 from .linear import call_linear, is_plain
 
@@ -53,14 +54,6 @@ def chunked_cross_entropy(
     options = (chunk_rows, product_dtype(weight), torch.is_grad_enabled())
     total = _ChunkedCrossEntropy.apply(hidden_states, weight, positions, targets[positions], *options)
     return total, len(positions)
-
-
-def product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype of a linear layer's product with `weight` here and now; autocast leaves float64 alone."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -115,7 +108,7 @@ def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, d
             rows = slice(start, start + chunk_rows)
             chosen, target = positions[rows], targets[rows].unsqueeze(1)
             states = hidden_states[chosen].to(dtype)
-            logits = nn.functional.linear(states, head).float()
+            logits = linear(states, head).float()
             largest = logits.amax(-1, keepdim=True)
             logits.sub_(largest)
             target_logits = logits.gather(1, target)
@@ -127,7 +120,7 @@ def _loss_and_gradients(hidden_states, weight, positions, targets, chunk_rows, d
             logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
             dlogits = logits.to(dtype)
             if needs_hidden:
-                hidden_grad[chosen] = (dlogits @ head).to(hidden_grad.dtype)
+                hidden_grad[chosen] = product(dlogits, head).to(hidden_grad.dtype)
             if needs_weight:
                 weight_grad.addmm_(dlogits.T, states)
             del logits, dlogits  # or they would be held while the next chunk's are made
@@ -145,14 +138,14 @@ def _weight_gradient(hidden_states, weight, positions, targets, logsumexp, scale
         states = hidden_states[positions].to(dtype)
         for start in range(0, len(weight), entries):
             part = weight[start : start + entries].to(dtype)
-            dlogits = (part @ states.T).float().sub_(logsumexp).exp_()
+            dlogits = product(part, states.T).float().sub_(logsumexp).exp_()
             of_part = (targets >= start) & (targets < start + len(part))
             dlogits[targets[of_part] - start, tokens[of_part]] -= 1.0
             dlogits = dlogits.mul_(scale).to(dtype)
             if gradient.dtype == dtype:
-                torch.mm(dlogits, states, out=gradient[start : start + entries])
+                product(dlogits, states, out=gradient[start : start + entries])
             else:
-                gradient[start : start + entries] = dlogits @ states
+                gradient[start : start + entries] = product(dlogits, states)
             del dlogits
     return gradient
 

@@ -6,6 +6,7 @@ B sequences, T query tokens, L cached tokens, h indexer heads of width d. Its ke
 import torch
 from torch import nn
 
+from .linear import call_linear
 from .rotary import apply_rotary
 
 _SCORES = 2**26  # numbers of scores of all heads that are made at once
@@ -32,7 +33,7 @@ class DeepseekMoeIndexer(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """What is cached of each token of `hidden_states [B, T, H]`: `[B, 1, T, d]`, its first numbers rotated."""
-        keys = self.k_norm(self.wk(hidden_states)).unsqueeze(1)
+        keys = self.k_norm(call_linear(self.wk, hidden_states)).unsqueeze(1)
         return apply_rotary(keys, *position_embeddings, interleaved=False)
 
     @torch.no_grad()
@@ -55,10 +56,10 @@ class DeepseekMoeIndexer(nn.Module):
                 `[B, 1, T, L]`; None: everything.
         """
         batch, length = query_latent.shape[:2]
-        queries = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        queries = call_linear(self.wq_b, query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         queries = apply_rotary(queries, *position_embeddings, interleaved=False).float() * self.head_dim**-0.5
         dtype = self.weights_proj.weight.dtype  # of a quantised layer not that of what it multiplies
-        weights = self.weights_proj(hidden_states.to(dtype) if dtype.is_floating_point else hidden_states)
+        weights = call_linear(self.weights_proj, hidden_states.to(dtype) if dtype.is_floating_point else hidden_states)
         weights = weights.float() * self.num_heads**-0.5
         keys_mT = keys.float().mT
         if mask is None:

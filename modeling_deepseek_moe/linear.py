@@ -1,13 +1,14 @@
-"""Calls of linear layers: a few rows in bfloat16 on CPU, as decoding multiplies, at the speed of memory.
+"""Calls of linear layers: half precision on CPU, above all a few rows, as decoding multiplies, at the speed of memory.
 
 The layers are exactly `nn.Linear`, the type that quantisers look for; what is fast is how they are called.
 """
 
-import functools
-
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from .cpu_rules import WEIGHT_FIRST, holds
+from .half_products import LinearThroughFloat32, goes_through_float32, product_dtype
 
 # A product of more rows computes long enough to hide how its weight is read.
 _FEW_ROWS = 16
@@ -16,13 +17,17 @@ _FEW_ROWS = 16
 def call_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`, `[..., in]` -> `[..., out]`.
 
-    A few rows times a plain layer are multiplied by `few_rows_linear` where that is faster. Whatever does more than
-    one product is called as it is: adapters, quantised, sharded or offloaded layers, hooks.
+    Products in half precision go through float32 where `cpu_rules` says so, those inside of adapters and of other
+    layers too. Elsewhere a few rows times a plain layer are multiplied by `few_rows_linear` where that is faster.
+    Whatever does more than one product is called as it is: adapters, quantised, sharded or offloaded layers, hooks.
     """
+    if type(x) is torch.Tensor and goes_through_float32(x, product_dtype(x)):
+        with LinearThroughFloat32():
+            return layer(x)
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
         return layer(x)
     is_traced = type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if is_traced or not _packs_weights() or not is_plain(layer):
+    if is_traced or not holds(WEIGHT_FIRST, x.dtype) or not is_plain(layer):
         return layer(x)
     if layer.bias is not None or layer.weight.dtype != x.dtype:
         return layer(x)
@@ -46,13 +51,3 @@ def is_plain(layer: nn.Module) -> bool:
     # FSDP and DeepSpeed leave a flat or empty tensor in the place of a weight that is elsewhere.
     is_whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.shape == (layer.out_features, layer.in_features)
     return is_whole and not _has_any_global_hook()
-
-
-@functools.cache
-def _packs_weights() -> bool:
-    """Whether oneDNN packs `W'` before it multiplies a few rows, up to twice the time of reading it.
-
-    It does on a Xeon with AMX (oneDNN 3, one to sixteen rows). With AVX512-BF16 alone it does not, and is the faster
-    one there: on an AMD EPYC a row times V2-Lite's head takes 36 to 80 ms, the other way around 86 to 175 ms.
-    """
-    return torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .._compat import TO_COPY, make_wrapper, return_and_correct_aliasing, without_torch_function
+from ..half_products import linear, product
 from ..parts import is_linear_weight, is_stack
 
 NF4_BLOCK = 64
@@ -158,12 +159,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dequantize().to(x.dtype))
+        return linear(x, weight.dequantize().to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: torch.Tensor):
-        return grad_output @ ctx.weight.dequantize().to(grad_output.dtype), None
+        weight = ctx.weight.dequantize().to(grad_output.dtype)
+        rows = grad_output.reshape(-1, len(weight))
+        return product(rows, weight).view(*grad_output.shape[:-1], -1), None
 
 
 def _linear(input: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

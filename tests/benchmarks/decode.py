@@ -19,6 +19,7 @@ from modeling_deepseek_moe.transformers_names import CACHE_NAME
 STEP_GOALS = {256: 1.0, 2048: 3.0, 8192: 9.0, 32768: 22.0}
 ATTENTION_GOALS = {8192: 40.0}
 GROWTH_GOAL = {(8192, 32768): 4.5}
+BYTES_GOAL = 1 / 0.7  # 70 % of the speed at which one product reads as many bytes
 
 
 def cases(bench: Workbench) -> list[Case]:
@@ -47,7 +48,9 @@ def step_rows(bench: Workbench, context: int) -> list[dict[str, Any]]:
             *(_step(bench, side, cache)(0)() for side, cache in zip((ours, theirs), caches, strict=True)),
             LOGIT_BOUND[torch.bfloat16],
         )
+        product = _product_of(step_bytes(ours, context), bench.fields["hidden_size"], ours.model.dtype)
         sides = {"ours": _step(bench, ours, caches[0]), "theirs": _step(bench, theirs, caches[1])}
+        sides["product"] = lambda seed: product
         seconds = alternate(sides, bench.settings.repeats)
     finally:
         theirs.model.set_experts_implementation("grouped_mm")
@@ -60,8 +63,33 @@ def step_rows(bench: Workbench, context: int) -> list[dict[str, Any]]:
             agreement=agrees,
             context=context,
             part="step",
-        )
+        ),
+        compare(
+            f"decode step, {context} tokens of context, against its bytes",
+            (ours.experts, seconds["ours"]),
+            ("one matrix-vector product that reads as many bytes", seconds["product"]),
+            at_most=BYTES_GOAL,
+        ),
     ]
+
+
+def step_bytes(side: Side, context: int) -> int:
+    """What a decoded token has to read: weights, of the routed experts those that serve it, and the cache."""
+    model, config = side.model, side.model.config
+    found = config.num_hidden_layers * context * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            found += parameter.nbytes * config.num_experts_per_tok // len(parameter)
+        elif parameter is head or parameter is not embedding:  # of which it reads one row
+            found += parameter.nbytes
+    return found
+
+
+def _product_of(size: int, width: int, dtype: torch.dtype):
+    matrix = torch.ones(-(-size // (width * dtype.itemsize)), width, dtype=dtype)
+    vector = torch.ones(1, width, dtype=dtype)
+    return lambda: vector @ matrix.mT
 
 
 @torch.inference_mode()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from workbench import SIZES, Settings
 
+from modeling_deepseek_moe.cpu_rules import machine
+
 
 def environment(settings: Settings) -> dict[str, Any]:
     """Facts by name; the `roofs` are a second: operations, bytes."""
@@ -23,7 +25,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
         "device": processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability() + (" and AMX" if "amx_bf16" in cpuinfo() else ""),
+        "instructions": instructions(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "python": platform.python_version(),
@@ -34,6 +36,12 @@ def environment(settings: Settings) -> dict[str, Any]:
         "routing": settings.routing.name if settings.routing else "uniform",
         "roofs": roofs(256 if SIZES[settings.size].is_tiny else 2048),
     }
+
+
+def instructions() -> str:
+    """The kind of this CPU: vector instructions, and what it has for half precision besides."""
+    kind = machine()
+    return kind.capability + (" and AMX" if kind.has_tiles else " and BF16" if kind.has_dots else "")
 
 
 def roofs(width: int) -> dict[str, float]:

@@ -5,7 +5,8 @@
     python tests/benchmarks/run.py decode prefill lora --size glm-4.7-flash    # into results/glm-4.7-flash
     make benchmark ARGS='lora --routing FILE'
 
-Writes benchmark.json, benchmark.md and decode.png. Exits with 1 if both sides do not compute the same.
+Writes benchmark.json, benchmark.md and decode.png. Exits with 1 if both sides do not compute the same, and before it
+measures if the folder holds results of another kind of CPU: each kind has a folder of its own (--output).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def main(
     if only_table:
         if not results["sections"]:
             _stop(f"{file} does not exist or is empty: run a section first")
+        _check_kind(file, results)
         report.write(results, output, console)
         return
     if routing is not None:
@@ -69,12 +71,13 @@ def main(
             _stop(str(error))
     # Read once, when torch is loaded. Threads that wait must sleep, or they hold up the ones that work.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-    from environment import environment
+    from environment import environment, instructions
     from measure import DisagreementError
     from workbench import Settings, Workbench
 
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
+    _check_kind(file, results, instructions())
     gc.collect()
     gc.freeze()  # collecting between runs need not look at the libraries
     settings = Settings(size, layers, threads, repeats, lengths, routing)
@@ -114,6 +117,18 @@ def _write_json(results: dict[str, Any], file: Path) -> None:
     aside = file.with_suffix(".json.part")
     aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     aside.replace(file)
+
+
+def _check_kind(file: Path, results: dict[str, Any], here: str | None = None) -> None:
+    """Ratios of one kind of CPU say nothing of another, so a table holds one kind."""
+    kinds = {name: found["environment"]["instructions"] for name, found in results["sections"].items()}
+    here = here or next(iter(kinds.values()))
+    for name, kind in kinds.items():
+        if kind != here:
+            _stop(
+                f"{file}: section {name!r} was measured on a CPU with {kind}, not {here}; results of different kinds "
+                "of machine are not compared: give another folder with --output"
+            )
 
 
 def _choice(kind: str, name: str, choices: tuple[str, ...]) -> str:

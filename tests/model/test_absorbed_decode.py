@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from machines import pretend
 from reference_flash import flash_by_name  # noqa: F401
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,7 +145,8 @@ def vars_of(layer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 300])
-def test_products_with_a_half_precision_cache_go_by_blocks_of_one_size(length):
+def test_products_with_a_half_precision_cache_go_by_blocks_of_one_size(length, monkeypatch):
+    pretend(monkeypatch, torch.bfloat16)
     torch.manual_seed(0)
     queries, weights = torch.randn(2, 3, 24).bfloat16(), torch.rand(2, 3, length).bfloat16()
     cached = torch.randn(2, length, 24).bfloat16()

@@ -5,6 +5,7 @@ import mmap
 
 import pytest
 import torch
+from machines import pretend
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIG_OF_LINEAGE, tiny_config, tiny_ids, tiny_model, v3_config
 from torch import nn
@@ -29,7 +30,7 @@ def few_rows_calls(monkeypatch) -> list[int]:
         return original(x, weight)
 
     monkeypatch.setattr(linear, "few_rows_linear", counted)
-    monkeypatch.setattr(linear, "_packs_weights", lambda: True)
+    pretend(monkeypatch, torch.bfloat16, has_tiles=True)
     return calls
 
 
@@ -69,7 +70,7 @@ def test_everything_else_is_a_plain_product(dtype, bias, rows, few_rows_calls):
 
 @pytest.mark.parametrize("packs, calls", [(True, 1), (False, 0)])
 def test_where_the_library_does_not_pack_the_weight_it_multiplies(packs, calls, few_rows_calls, monkeypatch):
-    monkeypatch.setattr(linear, "_packs_weights", lambda: packs)
+    pretend(monkeypatch, torch.bfloat16, has_tiles=packs, has_dots=True)
     call_linear(make_linear(torch.bfloat16), torch.randn(1, 96).bfloat16())
     assert len(few_rows_calls) == calls
 
@@ -138,6 +139,7 @@ def test_a_decoded_token_takes_the_way_for_few_rows_in_every_layer(few_rows_call
     with torch.no_grad():
         cache = model(tiny_ids(model.config)[:1], use_cache=True).past_key_values
         calls.clear()
+        few_rows_calls.clear()
         hooked = model(tiny_ids(model.config)[:1, :1], past_key_values=cache).logits
         assert not few_rows_calls
         for module in model.modules():

@@ -16,7 +16,8 @@ of those that are trained. One expert after the other on CPU, so that its rows s
 in four bits, so that one is dequantised at a time; else all at once on CUDA, by `grouped_mm`, where nothing waits for
 the counts.
 
-On CPU gate_up, h and d gate_up are stored column by column, `W x'` being the faster product than `x W'`.
+On CPU gate_up, h and d gate_up are stored column by column, `W x'` being the faster product than `x W'`; but row by
+row where products go through float32.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
 from ..._compat import apply_gate, has_default_gate
+from ...half_products import product
 from ...large_tensors import empty
 from ...quantized.weights import NF4Weight
 from .low_rank import Adapter, low_ranks
@@ -115,7 +117,7 @@ def _backward(
         for segment, gate_up, t, u in zip(routing.segments, saved[::3], saved[1::3], saved[2::3], strict=True):
             dy, w = segment.rows_of(dy_NH), w_R[segment.rows]
             p, v = _linear_transposed(dy, W2, down_low, segment)
-            if segment.ends is None:
+            if segment.ends is None and not gate_up.is_contiguous():
                 p = p.mT.contiguous().mT
             h, d_gate_up = _gate_backward(experts, gate_up, (p * w).to(p.dtype))
             if needs_w:
@@ -196,19 +198,19 @@ def _linear_transposed(dy, weight, low_rank, segment):
 
 
 def _mm(x, weight, ends):
-    return x @ weight if ends is None else F.grouped_mm(x, weight, offs=ends)
+    return product(x, weight) if ends is None else F.grouped_mm(x, weight, offs=ends)
 
 
 def _mm_transposed(x, weight, ends):
-    return (weight @ x.mT).mT if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
+    return product(weight, x.mT).mT if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
 
 
 def _add_mm(y, t, weight, ends):
-    return y.addmm_(t, weight) if ends is None else y.add_(F.grouped_mm(t, weight, offs=ends))
+    return product(t, weight, out=y, adds=True) if ends is None else y.add_(F.grouped_mm(t, weight, offs=ends))
 
 
 def _outer(t, x, ends, out):
     """`t' x` of each expert's rows."""
     if ends is None:
-        return torch.mm(t.mT.contiguous(), x, out=out)
+        return product(t.mT.contiguous(), x, out=out)
     return out.copy_(F.grouped_mm(t.mT, x, offs=ends[: len(out)]))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...cpu_rules import FEW_SIZES, TWO_ROWS_FOR_ONE, holds
+
 
 class Segment(NamedTuple):
     """Rows that one matrix product takes: those of one expert, or those of all of them on CUDA."""
@@ -108,15 +110,13 @@ def grouped(device: torch.device) -> bool:
 def filled(count: int, dtype: torch.dtype) -> int:
     """How many rows a product of `count` rows gets on CPU.
 
-    oneDNN, which multiplies the half-precision dtypes on CPU, prepares itself anew for every number of rows that it
-    has not seen lately, for as long as many products take (1 to 13 ms each, oneDNN 3 on Xeon). Routing gives every
-    number there is: powers of two, then multiples of 16, coarser above 128, leave a few. One row alone
-    takes longer than two.
+    Routing gives every number there is. Where few sizes are better, powers of two, then multiples of 16, coarser above
+    128, leave a few.
     """
-    if dtype.itemsize != 2:
+    if not holds(FEW_SIZES, dtype):
         return count
     if count <= 8:
-        return max(2, 1 << (count - 1).bit_length())
+        return max(1 + holds(TWO_ROWS_FOR_ONE, dtype), 1 << (count - 1).bit_length())
     step = 16
     while 8 * step < count:
         step *= 2
