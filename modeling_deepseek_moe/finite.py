@@ -9,7 +9,8 @@ def all_finite(values: torch.Tensor) -> bool:
     One pass without copies where a sum says so; values whose sum is beyond float32 are looked at one by one.
     """
     if hasattr(values, "__tensor_flatten__"):
-        return all(all_finite(getattr(values, name)) for name in values.__tensor_flatten__()[0])
+        parts = (getattr(values, name) for name in values.__tensor_flatten__()[0])
+        return all(all_finite(part) for part in parts if isinstance(part, torch.Tensor))
     if values.is_meta or not values.is_floating_point():
         return True
     if values.element_size() == 1:

