@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from modeling_deepseek_moe.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from modeling_deepseek_moe.checkpoint_layout import MTP_COPIES
 from modeling_deepseek_moe.loading import keep_stacks
 
@@ -21,7 +22,6 @@ from ..files import remove, write_text
 from .gather import shape_of, whole
 
 LARGEST_FILE = 5_000_000_000  # bytes
-_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 Entry = tuple[str, str, torch.Tensor]
 
 
@@ -38,12 +38,12 @@ def save_in_shards(model: PreTrainedModel, folder: Path, largest: int = LARGEST_
     if rank == 0:
         with plainly(model):
             model.save_pretrained(folder, state_dict={})  # what is beside the weights
-        remove([folder / _ONE])
+        remove([folder / SINGLE_NAME])
     keep_stacks(model)
     torch.distributed.barrier()
     files = list(_files(model, largest))
     names = (
-        [_ONE]
+        [SINGLE_NAME]
         if len(files) == 1
         else [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
     )
@@ -96,4 +96,4 @@ def _entries(model: PreTrainedModel) -> Iterator[Entry]:
 def _write_index(folder: Path, places: dict[str, tuple[str, int]]) -> None:
     metadata = {"total_size": sum(nbytes for _, nbytes in places.values())}
     index = {"metadata": metadata, "weight_map": {key: name for key, (name, _) in sorted(places.items())}}
-    write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
