@@ -49,8 +49,6 @@ BORROWED = (
     Borrowed("accelerate.accelerator", "._is_accelerate_prepared", "a model that was evaluated is prepared anew"),
     Borrowed("trl", "DPOTrainer._prepare_dataset", "rows are token ids already"),
     Borrowed("trl", "pack_dataset", "packs rows, and says so in a column `seq_lengths`"),
-    Borrowed("transformers.distributed.checkpoint", "save_optimizer_distributed", "resuming on spread models"),
-    Borrowed("transformers.distributed.checkpoint", "load_optimizer_distributed", "resuming on spread models"),
     # Ranks that are only imagined.
     Borrowed("torch.testing._internal.distributed.fake_pg", "FakeStore", "a process group of one process for many"),
     Borrowed("torch.distributed.tensor.debug", "_clear_sharding_prop_cache", "forgets meshes that are gone"),

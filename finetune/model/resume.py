@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import distributed
 from transformers import TrainerCallback
-from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
 from ..errors import UserError
+from .spread_state import load_moments, save_moments
 
 _FOLDER = "sharded_state"
 _COMPLETE = "complete"
@@ -40,7 +40,7 @@ class SaveSharded(TrainerCallback):
         if args.process_index == 0:
             (folder / _COMPLETE).unlink(missing_ok=True)
         distributed.barrier()
-        save_optimizer_distributed(model, _inner(optimizer), str(folder / "moments"))
+        save_moments(model, _inner(optimizer), folder)
         own = {"lr_scheduler": lr_scheduler.state_dict(), "random": _random_state()}
         torch.save(own, folder / f"rank_{args.process_index}.pt")
         distributed.barrier()
@@ -64,9 +64,11 @@ class SaveSharded(TrainerCallback):
                 f"{folder.parent}: its {_FOLDER} is not whole or of fewer processes than the {args.world_size} of "
                 "now; resume from an older checkpoint"
             )
-        load_optimizer_distributed(model, _inner(optimizer), str(folder / "moments"))
+        load_moments(model, _inner(optimizer), folder)
         saved = torch.load(own, weights_only=True)
         lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        for group, rate in zip(optimizer.param_groups, saved["lr_scheduler"]["_last_lr"], strict=True):
+            group["lr"] = rate
         self._random = saved["random"]
 
     def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
